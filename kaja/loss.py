@@ -1,0 +1,530 @@
+"""The losses of SFT and GRPO, exactly: sums over this micro-batch divided by global counts.
+
+Every loss here is `local masked sum / denominator`, where `denominator` counts the whole global batch
+(all micro-batches, all ranks). The gradients of micro-batches and ranks are then *added*, never
+averaged, so loss and gradient do not depend on how a batch is split or packed.
+
+Read in this order: token_log_probs -> sft_loss -> group_advantages -> kl_estimate -> policy_loss.
+All of it is pure tensor arithmetic: no files, no network, no torch.distributed.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# exp() of a larger log-ratio is beyond any use and soon beyond float32 (e^88). Where a log-ratio is
+# clamped it gets no gradient.
+MAX_LOG_RATIO = 20.0
+
+
+# ---------------------------------------------------------------------------------------------------
+# Log-probabilities of tokens, without the (T, V) logits
+# ---------------------------------------------------------------------------------------------------
+
+
+def token_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    chunk_size: int = 256,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """log softmax(hidden @ weight.T / temperature) at `labels`, and optionally the entropy.
+
+    Args:
+        hidden: (T, D) states after the final norm.
+        weight: (V, D) output embedding.
+        labels: (T,) int64 in [0, V).
+        temperature: > 0; logits are divided by it.
+        chunk_size: positions worked on at a time. The logits of one chunk (chunk_size, V) are the
+            largest tensor ever made; the backward computes them again instead of keeping them.
+        with_entropy: also return the entropy of each softmax; costs one more chunk of memory.
+
+    Returns:
+        log_probs (T,) and entropy (T,) or None: float32, or float64 for float64 inputs. bfloat16
+        inputs are multiplied with float32 results: rounded logits would be useless in ratios.
+        Both carry gradients to `hidden` and `weight`.
+
+    Gradients, with p = softmax(z) and H its entropy:
+        d log p_label / d z_v = [v = label] - p_v        dH / d z_v = -p_v (log p_v + H)
+
+    Raises:
+        ValueError: temperature or chunk_size not positive, or shapes that do not fit.
+    """
+    if not temperature > 0 or chunk_size < 1:
+        raise ValueError(f"temperature {temperature} and chunk_size {chunk_size} must be positive")
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}: "
+            f"expected (T, D), (V, D), (T,)"
+        )
+    log_probs, entropy = _TokenLogProbs.apply(hidden, weight, labels, temperature, chunk_size, with_entropy)
+    return log_probs, entropy
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        temperature: float,
+        chunk_size: int,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        log_probs = hidden.new_empty(len(labels), dtype=dtype)
+        log_normalizer = torch.empty_like(log_probs)
+        entropy = torch.empty_like(log_probs) if with_entropy else None
+        for start in range(0, len(labels), chunk_size):
+            rows = slice(start, start + chunk_size)
+            logits = _scaled_logits(hidden[rows], weight, temperature)  # (C, V)
+            label_logits = logits.gather(1, labels[rows, None]).squeeze(1)
+            highest = logits.amax(dim=1)
+            logits.sub_(highest[:, None])
+            if entropy is None:
+                total = logits.exp_().sum(dim=1)
+            else:
+                exponentials = logits.exp()
+                total = exponentials.sum(dim=1)
+                entropy[rows] = total.log() - exponentials.mul_(logits).sum(dim=1) / total
+            log_total = total.log()
+            log_normalizer[rows] = highest + log_total
+            log_probs[rows] = label_logits - highest - log_total
+        ctx.save_for_backward(hidden, weight, labels, log_normalizer, entropy)
+        ctx.temperature, ctx.chunk_size = temperature, chunk_size
+        ctx.set_materialize_grads(False)  # an entropy that is only looked at costs no gradient
+        return log_probs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, log_normalizer, entropy = ctx.saved_tensors
+        if grad_log_probs is None:
+            grad_log_probs = torch.zeros_like(log_normalizer)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=log_normalizer.dtype) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(labels), ctx.chunk_size):
+            rows = slice(start, start + ctx.chunk_size)
+            log_p = _scaled_logits(hidden[rows], weight, ctx.temperature).sub_(log_normalizer[rows, None])
+            upstream = grad_log_probs[rows, None]
+            if grad_entropy is None:
+                grad_logits = log_p.exp_().mul_(-upstream)
+            else:
+                p = log_p.exp()
+                # -p (g_log_prob + g_entropy (log p + H))
+                log_p.add_(entropy[rows, None]).mul_(-grad_entropy[rows, None]).sub_(upstream)
+                grad_logits = p.mul_(log_p)
+            grad_logits.scatter_add_(1, labels[rows, None], upstream)
+            if ctx.temperature != 1.0:
+                grad_logits.div_(ctx.temperature)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad_logits.to(weight.dtype) @ weight
+            if grad_weight is not None:
+                _add_product(grad_weight, grad_logits, hidden[rows])
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def _scaled_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """(C, D), (V, D) -> (C, V) in float32 or better, whatever the inputs are."""
+    if hidden.dtype in (torch.float32, torch.float64):
+        logits = hidden @ weight.T
+    elif hidden.is_cuda:
+        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    else:
+        logits = hidden.float() @ weight.float().T
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _add_product(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
+    """total (V, D) += grad_logits (C, V)^T @ hidden (C, D), summed in total's dtype (float32)."""
+    if hidden.is_cuda and hidden.dtype != total.dtype:
+        total.add_(torch.mm(grad_logits.to(hidden.dtype).T, hidden, out_dtype=total.dtype))
+    else:
+        total.addmm_(grad_logits.T, hidden.to(total.dtype))
+
+
+# ---------------------------------------------------------------------------------------------------
+# SFT
+# ---------------------------------------------------------------------------------------------------
+
+
+def sft_loss(log_probs: Tensor, completion_mask: Tensor, denominator: float) -> Tensor:
+    """Negative log-likelihood of the completions: -(sum of log_probs where the mask is True) / denominator.
+
+    Args:
+        log_probs: (T,) float; what stands where the mask is False is dropped, even NaN.
+        completion_mask: (T,) bool.
+        denominator: trained-on tokens of the whole global batch (token mean).
+
+    Returns:
+        A scalar; 0 with zero gradient where the mask is all False.
+    """
+    return -_masked(log_probs, completion_mask).sum() / max(denominator, 1)
+
+
+def _masked(values: Tensor, mask: Tensor) -> Tensor:
+    # where(), not multiplication: NaN * 0 is NaN, in the gradient too.
+    return torch.where(mask, values, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------
+# GRPO: rewards -> advantages
+# ---------------------------------------------------------------------------------------------------
+
+
+def group_advantages(
+    rewards: Tensor, scale: Literal["group", "batch", "none"] = "group", eps: float = 1e-4
+) -> Tensor:
+    """Advantages of the G completions of each prompt: reward minus the group's mean, scaled.
+
+    DeepSeekMath (arXiv 2402.03300, section 4.1.2): A_i = (r_i - mean(r)) / std(r).
+
+    Args:
+        rewards: (P, G) float, G >= 2. NaN: no verdict; it takes no part in mean or std.
+        scale: "group" divides by the group's std + eps (GRPO); "batch" by the std of all rewards + eps;
+            "none" only centres (Dr. GRPO, arXiv 2503.20783: dividing favours easy and hard prompts).
+        eps: added to the std.
+
+    Returns:
+        (P, G) in the dtype of `rewards`. Exactly 0 for NaN rewards, for groups with fewer than two
+        verdicts, and for groups without spread: there the std is rounding noise, and dividing by it
+        would turn noise into advantages of size one.
+
+    The std has ddof=1, as in TRL and verl (verl: eps 1e-6; OpenRLHF: 1e-9; open-instruct, nano-aha
+    and GRPO-Zero: ddof 0). Computed in float64.
+
+    Raises:
+        ValueError: not (P, G), a group of one, or an unknown scale.
+    """
+    if rewards.dim() != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards {tuple(rewards.shape)}: expected (P, G) with G >= 2: a group of one has no baseline")
+    if scale not in ("group", "batch", "none"):
+        raise ValueError(f"scale {scale!r}: expected 'group', 'batch' or 'none'")
+    values = rewards.double()
+    centred = values - values.nanmean(dim=1, keepdim=True)
+    if scale == "group":
+        centred = centred / (_nan_std(values, dim=1) + eps)
+    elif scale == "batch":
+        centred = centred / (_nan_std(values.reshape(1, -1), dim=1) + eps)
+    informative = groups_with_spread(rewards)[:, None] & ~rewards.isnan()
+    return torch.where(informative, centred, 0.0).to(rewards.dtype)
+
+
+def groups_with_spread(rewards: Tensor) -> Tensor:
+    """(P, G) rewards -> (P,) bool: at least two verdicts, that differ by more than rounding.
+
+    Only these groups teach anything. Rounding is 1e-6 of the largest reward (or of 1, if that is more).
+    """
+    missing = rewards.isnan()
+    highest = rewards.masked_fill(missing, -torch.inf).amax(dim=1)
+    lowest = rewards.masked_fill(missing, torch.inf).amin(dim=1)
+    rounding = 1e-6 * torch.maximum(highest.abs(), lowest.abs()).clamp(min=1.0)
+    return ((~missing).sum(dim=1) >= 2) & (highest - lowest > rounding)
+
+
+def kept_completions(
+    rewards: Tensor, truncated: Tensor | None = None, *, drop_groups_without_spread: bool = False
+) -> Tensor:
+    """Which completions enter the loss. The loss knows nothing of this: the others are left out of the batch.
+
+    Args:
+        rewards: (P, G); NaN, a failed verdict, is always left out.
+        truncated: (P, G) bool; those that are True, cut off by the length limit, are left out too
+            (DAPO's overlong filtering); None keeps them.
+        drop_groups_without_spread: leave out what has advantage 0 throughout. The KL then ignores it too.
+
+    Returns:
+        (P, G) bool. The denominators count what is kept.
+    """
+    kept = ~rewards.isnan()
+    if truncated is not None:
+        kept = kept & ~truncated
+    if drop_groups_without_spread:
+        kept = kept & groups_with_spread(rewards)[:, None]
+    return kept
+
+
+def _nan_std(values: Tensor, dim: int) -> Tensor:
+    """Standard deviation with ddof=1 over what is not NaN; dim is kept. NaN where fewer than two are left."""
+    deviations = values - values.nanmean(dim=dim, keepdim=True)
+    count = (~values.isnan()).sum(dim=dim, keepdim=True)
+    return (deviations.square().nansum(dim=dim, keepdim=True) / (count - 1)).sqrt()
+
+
+def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
+    """Soft overlong punishment of DAPO (arXiv 2503.14476, eq. 13): 0 down to -1 over the last `buffer` tokens.
+
+    Args:
+        lengths: tokens of each completion, any shape, at most max_length.
+        max_length: longest completion allowed.
+        buffer: 0 < buffer <= max_length; the penalty begins at max_length - buffer.
+
+    Returns:
+        min(0, -(length - (max_length - buffer)) / buffer), to be added to the rewards.
+    """
+    if not 0 < buffer <= max_length:
+        raise ValueError(f"buffer {buffer}: expected 0 < buffer <= max_length {max_length}")
+    return -((lengths - (max_length - buffer)) / buffer).clamp(min=0.0, max=1.0)
+
+
+# ---------------------------------------------------------------------------------------------------
+# GRPO: the loss
+# ---------------------------------------------------------------------------------------------------
+
+
+def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, kind: Literal["k1", "k2", "k3"] = "k2") -> Tensor:
+    """Per-token estimates of KL(policy || reference) from tokens of the policy.
+
+    With d = log_probs - ref_log_probs (joschu.net/blog/kl-approx.html):
+        k1 = d                  k2 = d^2 / 2                  k3 = exp(-d) - 1 + d
+
+    As a *number* k1 and k3 are unbiased, and k3 is never negative. As a *loss*, differentiated through
+    log_probs, they differ: on tokens of the policy the expected gradient of k2 is the gradient of
+    KL(policy || reference); that of k1 is 0; that of k3 is the gradient of the other KL,
+    KL(reference || policy). Hence k2 is the default here; k3 is what DeepSeekMath (eq. 4) and TRL
+    differentiate. tests/test_kl.py shows all this by exact enumeration.
+
+    Args:
+        log_probs, ref_log_probs: (T,).
+
+    Returns:
+        (T,). In k3, -d is held at MAX_LOG_RATIO: exp(-d) stays finite, and there the gradient is 0.
+    """
+    difference = log_probs - ref_log_probs
+    if kind == "k1":
+        return difference
+    if kind == "k2":
+        return difference.square() / 2
+    if kind == "k3":
+        # expm1: in float32, exp(x) - 1 - x is noise of either sign where x is small.
+        opposite = (-difference).clamp(max=MAX_LOG_RATIO)
+        return torch.expm1(opposite) - opposite
+    raise ValueError(f"kl {kind!r}: expected 'k1', 'k2' or 'k3'")
+
+
+def aggregate(
+    values: Tensor,
+    completion_mask: Tensor,
+    sequence_ids: Tensor,
+    aggregation: Literal["sequence", "token", "constant"],
+    denominator: float,
+) -> Tensor:
+    """Per-token values (T,) -> this micro-batch's share of the global loss, a scalar.
+
+        "sequence":  sum_i (1/|o_i|) sum_t values / denominator      denominator = completions, globally
+        "token":     sum_i sum_t values / denominator                denominator = completion tokens, globally
+        "constant":  sum_i sum_t values / denominator                denominator = completions x a fixed length
+
+    |o_i| counts the True positions of completion i, all of which must be in this micro-batch.
+    """
+    values = _masked(values, completion_mask)
+    if aggregation == "sequence":
+        lengths = _sequence_sums(completion_mask.to(values.dtype), sequence_ids)
+        values = values / lengths.clamp(min=1)[sequence_ids]
+    elif aggregation not in ("token", "constant"):
+        raise ValueError(f"aggregation {aggregation!r}: expected 'sequence', 'token' or 'constant'")
+    return values.sum() / max(denominator, 1)
+
+
+def _sequence_sums(values: Tensor, sequence_ids: Tensor) -> Tensor:
+    """(T,) -> (B,): the sum over each sequence."""
+    count = int(sequence_ids.max()) + 1 if len(sequence_ids) else 0
+    return values.new_zeros(count).index_add(0, sequence_ids, values)
+
+
+def _sequence_means(values: Tensor, completion_mask: Tensor, sequence_ids: Tensor) -> Tensor:
+    """(T,) -> (T,): at each position the mean over its sequence's masked positions."""
+    lengths = _sequence_sums(completion_mask.to(values.dtype), sequence_ids)
+    sums = _sequence_sums(_masked(values, completion_mask), sequence_ids)
+    return (sums / lengths.clamp(min=1))[sequence_ids]
+
+
+def policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    sequence_ids: Tensor,
+    *,
+    ref_log_probs: Tensor | None = None,
+    sampling_log_probs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    ratio: Literal["token", "sequence"] = "token",
+    surrogate: Literal["clip", "cispo"] = "clip",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    kl_coef: float = 0.0,
+    kl: Literal["k1", "k2", "k3"] = "k2",
+    correction: Literal["none", "token", "sequence"] = "none",
+    correction_cap: float = 2.0,
+    correction_mode: Literal["truncate", "mask"] = "truncate",
+    aggregation: Literal["sequence", "token", "constant"] = "sequence",
+    denominator: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The GRPO loss of one micro-batch, and sums for its statistics.
+
+    With r = exp(log_probs - old_log_probs), A the advantages and w the sampler correction:
+        clip:   l_t = -w_t min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t)
+        cispo:  l_t = -w_t stop_gradient(clip(r_t, 1 - clip_low, 1 + clip_high)) A_t log_probs_t
+        loss  = aggregate(l_t + kl_coef * kl_estimate_t)
+
+    Which choices make which published method (clip bounds are the papers'):
+
+        method                  advantage  ratio     surrogate  clip low/high  aggregation   KL
+        GRPO  2402.03300 eq. 3  group      token     clip       .2 / .2        sequence      k3, .04
+        Dr. GRPO  2503.20783    none       token     clip       .2 / .2        constant      off
+        DAPO  2503.14476 eq. 8  group      token     clip       .2 / .28       token         off
+        BNPO (TRL's loss_type)  group      token     clip       .2 / .2        token (1)     off
+        GSPO  2507.18071 eq. 5  group      sequence  clip       3e-4 / 4e-4    sequence      off
+        CISPO 2506.13585 eq. 4  group      token     cispo      1 (none) / (2) token         off
+        (1) over the tokens of the micro-batch: equal to DAPO's when there is only one. Not Beta normalisation
+            (arXiv 2506.02864), which bears the same letters
+        (2) the paper tunes it; the lower bound is off
+
+    Where public code differs: CISPO's upper bound is 1 + clip_high here and in verl, clip_high itself
+    in TRL. The KL stands outside the correction w, as in TRL. TRL multiplies it by r by default.
+    r is length-normalised for "sequence": exp(mean over the completion of log r), as GSPO defines it.
+
+    Sampler correction (truncated importance sampling): the engine that sampled computes slightly other
+    probabilities than the trainer. w = exp(old_log_probs - sampling_log_probs), a constant for the
+    gradient; per token, or per sequence as the exponential of the mean (a sum would drift with length).
+    "truncate" caps w at correction_cap, "mask" sets what is above it to 0.
+
+    Args:
+        log_probs: (T,) of the policy, with gradient.
+        old_log_probs: (T,) of the policy before this batch's first update; no gradient.
+        advantages: (T,) the completion's advantage at each of its positions.
+        completion_mask: (T,) bool. All that is False is dropped, NaN included.
+        sequence_ids: (T,) int64, which completion a position belongs to; a completion is never split.
+        ref_log_probs: (T,) of the reference; needed when kl_coef is not 0.
+        sampling_log_probs: (T,) as reported by the engine; needed when correction is not "none".
+        entropy: (T,) of the policy, only for the statistics.
+        denominator: the global count that `aggregation` asks for (see aggregate).
+
+    Returns:
+        loss: scalar, float. 0 with zero gradient where the mask is all False.
+        stats: detached sums over this micro-batch. Those of micro-batches and ranks are added (names
+            that end in "_max": the maximum is taken), then given to `summarise_stats`.
+
+    Raises:
+        ValueError: an unknown choice, or an input that a choice needs is missing.
+    """
+    if kl_coef and ref_log_probs is None:
+        raise ValueError(f"kl_coef {kl_coef} needs ref_log_probs")
+    log_probs = _masked(log_probs, completion_mask)
+    old_log_probs = _masked(old_log_probs, completion_mask).detach()
+    advantages = _masked(advantages, completion_mask)
+
+    log_ratio = log_probs - old_log_probs
+    if ratio == "sequence":
+        log_ratio = _sequence_means(log_ratio, completion_mask, sequence_ids)
+    elif ratio != "token":
+        raise ValueError(f"ratio {ratio!r}: expected 'token' or 'sequence'")
+    ratios = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    clipped = ratios.clamp(1 - clip_low, 1 + clip_high)
+
+    if surrogate == "clip":
+        losses = -torch.minimum(ratios * advantages, clipped * advantages)
+    elif surrogate == "cispo":
+        losses = -clipped.detach() * advantages * log_probs
+    else:
+        raise ValueError(f"surrogate {surrogate!r}: expected 'clip' or 'cispo'")
+
+    raw_weights, weights = _correction_weights(
+        old_log_probs, sampling_log_probs, completion_mask, sequence_ids, correction, correction_cap, correction_mode
+    )
+    losses = losses * weights
+    if ref_log_probs is not None:
+        ref_log_probs = _masked(ref_log_probs, completion_mask).detach()
+        if kl_coef:
+            losses = losses + kl_coef * kl_estimate(log_probs, ref_log_probs, kl)
+    loss = aggregate(losses, completion_mask, sequence_ids, aggregation, denominator)
+
+    # A clip bites where it changes the gradient: for "clip" only on the side the advantage pushes to.
+    low, high = ratios < 1 - clip_low, ratios > 1 + clip_high
+    if surrogate == "clip":
+        low, high = low & (advantages < 0), high & (advantages > 0)
+    of_tokens = {"clip_low": low, "clip_high": high, "ratio": ratios}
+    if entropy is not None:
+        of_tokens["entropy"] = entropy
+    if ref_log_probs is not None:
+        of_tokens["kl"] = kl_estimate(log_probs, ref_log_probs, "k3")
+    if correction != "none":
+        of_tokens |= {"correction": raw_weights, "correction_squared": raw_weights.square()}
+        of_tokens["correction_cut"] = raw_weights > correction_cap
+    return loss, _token_stats(of_tokens, completion_mask)
+
+
+@torch.no_grad()
+def _token_stats(of_tokens: dict[str, Tensor], completion_mask: Tensor) -> dict[str, Tensor]:
+    """Per-token values (T,) -> their sums over the mask, the number of tokens, and two maxima."""
+    masked = {name: _masked(values.detach(), completion_mask) for name, values in of_tokens.items()}
+    stats = {name: values.sum() for name, values in masked.items()} | {"tokens": completion_mask.sum()}
+    for name in ("ratio", "correction"):  # both are positive: what is masked, 0, is never the maximum
+        if name in masked:
+            stats[f"{name}_max"] = masked[name].max() if len(completion_mask) else stats[name]
+    return stats
+
+
+def _correction_weights(
+    old_log_probs: Tensor,
+    sampling_log_probs: Tensor | None,
+    completion_mask: Tensor,
+    sequence_ids: Tensor,
+    correction: str,
+    cap: float,
+    mode: str,
+) -> tuple[Tensor, Tensor]:
+    """The importance weights exp(old - sampling), (T,), before and after truncating or masking; see policy_loss."""
+    if correction == "none":
+        ones = torch.ones_like(old_log_probs)
+        return ones, ones
+    if correction not in ("token", "sequence"):
+        raise ValueError(f"correction {correction!r}: expected 'none', 'token' or 'sequence'")
+    if sampling_log_probs is None:
+        raise ValueError(f"correction {correction!r} needs sampling_log_probs")
+    difference = old_log_probs - _masked(sampling_log_probs, completion_mask).detach()
+    if correction == "sequence":
+        difference = _sequence_means(difference, completion_mask, sequence_ids)
+    weights = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    if mode == "truncate":
+        return weights, weights.clamp(max=cap)
+    if mode == "mask":
+        return weights, torch.where(weights > cap, 0.0, weights)
+    raise ValueError(f"correction_mode {mode!r}: expected 'truncate' or 'mask'")
+
+
+def add_stats(total: dict[str, Tensor], stats: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Join the statistics of two micro-batches: sums are added, "_max" entries compared."""
+    joined = dict(total)
+    for name, value in stats.items():
+        if name not in joined:
+            joined[name] = value
+        elif name.endswith("_max"):
+            joined[name] = torch.maximum(joined[name], value)
+        else:
+            joined[name] = joined[name] + value
+    return joined
+
+
+def summarise_stats(stats: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """Globally added statistics -> per-token means, maxima, and the effective sample size as a share.
+
+    effective_sample_size = (sum w)^2 / (n sum w^2): 1 when sampler and trainer agree, less when a few
+    tokens carry the weight. Computed from the weights before they are cut.
+    """
+    values = {name: float(value) for name, value in stats.items()}
+    tokens = max(values.pop("tokens"), 1.0)
+    squared = values.pop("correction_squared", None)
+    summary = {name: value if name.endswith("_max") else value / tokens for name, value in values.items()}
+    if squared is not None:
+        summary["effective_sample_size"] = values["correction"] ** 2 / max(tokens * squared, 1e-12)
+    return summary

@@ -1,0 +1,213 @@
+"""token_log_probs against log_softmax of the full logits: values, gradients, memory."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from kaja.loss import token_log_probs
+
+
+def random_case(
+    num_tokens: int, width: int = 5, vocabulary: int = 11, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num_tokens, width, generator=generator, dtype=torch.float64)
+    weight = torch.randn(vocabulary, width, generator=generator, dtype=torch.float64)
+    labels = torch.randint(vocabulary, (num_tokens,), generator=generator)
+    return hidden, weight, labels
+
+
+def full_logits_way(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    log_probs = torch.log_softmax(hidden @ weight.T / temperature, dim=-1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    return log_probs.gather(-1, labels[:, None])[:, 0], entropy
+
+
+def test_hand_worked() -> None:
+    # Two tokens, three words, hidden = 1: the logits are the weights 0, log 2, log 5; p = 1/8, 2/8, 5/8.
+    weight = torch.tensor([[0.0], [math.log(2.0)], [math.log(5.0)]], dtype=torch.float64)
+    hidden = torch.ones(2, 1, dtype=torch.float64)
+    log_probs, entropy = token_log_probs(hidden, weight, torch.tensor([0, 2]), with_entropy=True)
+    assert log_probs.tolist() == pytest.approx([math.log(0.125), math.log(0.625)], abs=1e-12)
+    # H = 1/8 log 8 + 1/4 log 4 + 5/8 log 8/5 = 0.2599301927 + 0.3465735903 + 0.2937522683
+    assert entropy is not None
+    assert entropy.tolist() == pytest.approx([0.9002560513, 0.9002560513], abs=1e-9)
+    # Temperature 1/2 squares the odds: 1, 4, 25 of 30.
+    log_probs, _ = token_log_probs(hidden, weight, torch.tensor([0, 2]), temperature=0.5)
+    assert log_probs.tolist() == pytest.approx([math.log(1 / 30), math.log(25 / 30)], abs=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.9])
+@pytest.mark.parametrize("num_tokens,chunk_size", [(7, 256), (7, 7), (7, 3), (7, 1), (8, 4), (1, 4)])
+def test_equals_full_logits(num_tokens: int, chunk_size: int, temperature: float) -> None:
+    hidden, weight, labels = random_case(num_tokens)
+    upstream = torch.randn(2, num_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    results = []
+    for function in ("full", "chunked"):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if function == "full":
+            log_probs, entropy = full_logits_way(h, w, labels, temperature)
+        else:
+            log_probs, optional = token_log_probs(h, w, labels, temperature, chunk_size, with_entropy=True)
+            assert optional is not None
+            entropy = optional
+        (upstream[0] @ log_probs + upstream[1] @ entropy).backward()
+        results.append((log_probs, entropy, h.grad, w.grad))
+    for expected, actual in zip(*results):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 5, 64])
+def test_gradcheck(chunk_size: int) -> None:
+    hidden, weight, labels = random_case(5, width=3, vocabulary=6)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+
+    def both(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor | None]:
+        return token_log_probs(h, w, labels, temperature=0.7, chunk_size=chunk_size, with_entropy=True)
+
+    def without_entropy(h: Tensor, w: Tensor) -> Tensor:
+        return token_log_probs(h, w, labels, temperature=0.7, chunk_size=chunk_size)[0]
+
+    assert torch.autograd.gradcheck(both, (hidden, weight))
+    assert torch.autograd.gradcheck(without_entropy, (hidden, weight))
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_one_input_frozen(frozen: str) -> None:
+    hidden, weight, labels = random_case(4)
+    trained, fixed = (weight, hidden) if frozen == "hidden" else (hidden, weight)
+    trained.requires_grad_()
+    log_probs, entropy = token_log_probs(hidden, weight, labels, chunk_size=3, with_entropy=True)
+    assert entropy is not None
+    (actual,) = torch.autograd.grad(log_probs.sum() + 2 * entropy.sum(), trained)
+    log_probs, entropy = full_logits_way(hidden, weight, labels, 1.0)
+    (expected,) = torch.autograd.grad(log_probs.sum() + 2 * entropy.sum(), trained)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    assert not fixed.requires_grad and fixed.grad is None
+
+
+def test_no_tokens() -> None:
+    hidden, weight, labels = random_case(0)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    log_probs, entropy = token_log_probs(hidden, weight, labels, with_entropy=True)
+    assert entropy is not None
+    assert log_probs.shape == entropy.shape == (0,)
+    (log_probs.sum() + entropy.sum()).backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_entropy_only_when_asked() -> None:
+    hidden, weight, labels = random_case(4)
+    assert token_log_probs(hidden, weight, labels)[1] is None
+
+
+def test_no_gradient_mode() -> None:
+    hidden, weight, labels = random_case(4)
+    weight.requires_grad_()
+    with torch.no_grad():
+        log_probs, _ = token_log_probs(hidden, weight, labels)
+    assert not log_probs.requires_grad
+    torch.testing.assert_close(log_probs, full_logits_way(hidden, weight, labels, 1.0)[0].detach())
+
+
+def test_large_logits_stay_finite() -> None:
+    # Logits of +-1000: the probability of the label is 1 or underflows; log-probs are 0 and -2000, entropy 0.
+    weight = torch.tensor([[1000.0], [-1000.0]])
+    hidden = torch.ones(2, 1, requires_grad=True)
+    log_probs, entropy = token_log_probs(hidden, weight, torch.tensor([0, 1]), with_entropy=True)
+    assert entropy is not None
+    assert log_probs.tolist() == [0.0, -2000.0]
+    assert entropy.tolist() == [0.0, 0.0]
+    (log_probs.sum() + entropy.sum()).backward()
+    assert hidden.grad is not None
+    # d/dh of -2000 h for the second token; nothing for the first.
+    assert hidden.grad[:, 0].tolist() == [0.0, -2000.0]
+
+
+def test_bfloat16_inputs_give_float32_log_probs() -> None:
+    # A bfloat16 log-prob has three digits: useless for ratios. So float32 results, gradients as the inputs.
+    hidden, weight, labels = random_case(6, width=16, vocabulary=50)
+    h = hidden.to(torch.bfloat16).requires_grad_()
+    w = weight.to(torch.bfloat16).requires_grad_()
+    log_probs, entropy = token_log_probs(h, w, labels, chunk_size=4, with_entropy=True)
+    assert entropy is not None
+    assert log_probs.dtype == entropy.dtype == torch.float32
+    (log_probs.sum() + entropy.sum()).backward()
+    assert h.grad is not None and h.grad.dtype == torch.bfloat16
+    assert w.grad is not None and w.grad.dtype == torch.bfloat16
+    expected, _ = full_logits_way(h.detach().double(), w.detach().double(), labels, 1.0)
+    torch.testing.assert_close(log_probs.double(), expected, rtol=0.02, atol=0.05)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_iter(result):
+            if isinstance(leaf, Tensor):
+                self.largest = max(self.largest, leaf.numel())
+        return result
+
+
+NUM_TOKENS, WIDTH, VOCABULARY, CHUNK = 96, 8, 512, 16
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_no_tensor_larger_than_a_chunk_of_logits(with_entropy: bool) -> None:
+    hidden, weight, labels = random_case(NUM_TOKENS, WIDTH, VOCABULARY)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    with LargestTensor() as forward:
+        log_probs, entropy = token_log_probs(hidden, weight, labels, 1.0, CHUNK, with_entropy)
+    total = log_probs.sum() if entropy is None else log_probs.sum() + entropy.sum()
+    with LargestTensor() as backward:
+        total.backward()
+    assert forward.largest == CHUNK * VOCABULARY  # the mode did see the logits ...
+    assert backward.largest == CHUNK * VOCABULARY  # ... also those that the backward recomputes
+    with LargestTensor() as full:
+        full_logits_way(hidden, weight, labels, 1.0)
+    assert full.largest == NUM_TOKENS * VOCABULARY
+
+
+def peak_bytes(with_entropy: bool, chunk_size: int | None) -> int:
+    """Peak of the memory allocated during forward and backward, from the profiler's allocation events."""
+    hidden, weight, labels = random_case(NUM_TOKENS, WIDTH, VOCABULARY)
+    hidden, weight = hidden.float().requires_grad_(), weight.float().requires_grad_()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        if chunk_size is None:
+            log_probs, entropy = full_logits_way(hidden, weight, labels, 1.0)
+        else:
+            log_probs, optional = token_log_probs(hidden, weight, labels, 1.0, chunk_size, with_entropy)
+            entropy = log_probs if optional is None else optional
+        (log_probs.sum() + entropy.sum()).backward()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_peak_memory_is_a_few_chunks(with_entropy: bool) -> None:
+    chunk_bytes = CHUNK * VOCABULARY * 4
+    gradients = 2 * (NUM_TOKENS + VOCABULARY) * WIDTH * 4  # both, and one copy of them at work
+    peak = peak_bytes(with_entropy, CHUNK)
+    assert chunk_bytes <= peak <= 3 * chunk_bytes + gradients
+    assert peak < peak_bytes(with_entropy, None) / 3
