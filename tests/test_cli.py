@@ -1,0 +1,88 @@
+"""Command lines and output folders: one clear line and exit code 2, never a traceback."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from kaja.cli import check_range, prepare_output_dir, run
+from kaja.errors import UserError
+from kaja.files import read_json
+
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = 1
+    """Steps."""
+    data: tuple[str, ...] = ()
+    """Files."""
+    resume: str = "never"
+    """Resume."""
+
+    def __post_init__(self) -> None:
+        check_range(self, at_least_1=("steps",), at_most={"steps": 10})
+
+
+def main(config: Config) -> None:
+    if config.data:
+        raise UserError(f"{config.data[0]}: no such file; give an existing one")
+
+
+def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(main, Config, []) == 0
+    assert run(main, Config, ["--data", "a.jsonl"]) == 2
+    assert capsys.readouterr().err == "error: a.jsonl: no such file; give an existing one\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--steps", "0"], "steps 0: must be at least 1; change --steps"),
+        (["--steps", "11"], "steps 11: must be at most 10"),
+        (["--stepz", "3"], "--stepz"),
+        (["--steps", "three"], "three"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(main, Config, arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert expected in captured.err and not captured.out
+
+
+def test_help_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(main, Config, ["--help"])
+    assert ended.value.code == 0
+    assert "--steps INT" in capsys.readouterr().out
+
+
+def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
+    folder = prepare_output_dir(str(tmp_path / "run"), Config(data=("一",)), resume=False)
+    assert read_json(folder / "config.json") == {"steps": 1, "data": ["一"], "resume": "never"}
+    prepare_output_dir(str(folder), Config(steps=2), resume=False)  # that run never began
+    (folder / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="is not empty"):
+        prepare_output_dir(str(folder), Config(), resume=False)
+    assert read_json(folder / "config.json")["steps"] == 2
+
+
+def test_resuming_needs_the_same_config(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    prepare_output_dir(folder, Config(steps=2, data=("a",)), resume=False)
+    (tmp_path / "metrics.jsonl").write_text("")
+    prepare_output_dir(folder, Config(steps=2, data=("a",), resume="auto"), resume=True)
+    with pytest.raises(UserError, match="steps was 2 and is now 3"):
+        prepare_output_dir(folder, Config(steps=3, data=("a",)), resume=True)
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        prepare_output_dir(str(tmp_path / "file"), Config(), resume=False)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        prepare_output_dir(str(tmp_path / "file" / "run"), Config(), resume=False)
