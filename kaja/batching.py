@@ -1,0 +1,111 @@
+"""Sequences -> packed streams; samples -> batches that any number of ranks and a resumed run agree on.
+
+All of it is a pure function of (lengths, step, seed, number of ranks): the state of the data is the
+step, and a resumed run sees exactly what an uninterrupted one would.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from kaja.chat import TokenSequence
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One packed stream. Position t of every (T,) tensor is about labels[t], the token after input_ids[t].
+
+    A sequence of n tokens takes n - 1 positions: shifting happens here, once, and nowhere else.
+    """
+
+    input_ids: Tensor  # (T,) int64
+    labels: Tensor  # (T,) int64
+    completion_mask: Tensor  # (T,) bool, True = labels[t] is trained on
+    positions: Tensor  # (T,) int64, from 0 in each sequence
+    cu_seqlens: Tensor  # (B + 1,) int32
+    sequence_ids: Tensor  # (T,) int64, 0 .. B - 1
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = (getattr(self, field.name).to(device, non_blocking=True) for field in fields(self))
+        return Batch(*moved)
+
+
+def pack(sequences: Sequence[TokenSequence]) -> Batch:
+    """Lay sequences of at least two tokens end to end."""
+    lengths = torch.tensor([len(sequence.input_ids) - 1 for sequence in sequences])
+    if int(lengths.min()) < 1:
+        raise ValueError("a sequence of fewer than two tokens has nothing to predict")
+    ends = lengths.cumsum(0)
+    return Batch(
+        input_ids=torch.tensor([token for s in sequences for token in s.input_ids[:-1]]),
+        labels=torch.tensor([token for s in sequences for token in s.input_ids[1:]]),
+        completion_mask=torch.tensor([trained for s in sequences for trained in s.completion_mask[1:]]),
+        positions=torch.cat([torch.arange(length) for length in lengths.tolist()]),
+        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(torch.int32),
+        sequence_ids=torch.repeat_interleave(torch.arange(len(sequences)), lengths),
+    )
+
+
+def without_training(sequence: TokenSequence) -> TokenSequence:
+    """The same tokens with nothing trained on: filler for a rank that has no sequence of its own."""
+    return TokenSequence(sequence.input_ids, [False] * len(sequence.completion_mask))
+
+
+def plan_streams(lengths: Sequence[int], world_size: int, max_tokens: int, width: int) -> list[list[list[int]]]:
+    """Divide sequences into streams, equally many for each rank and of nearly equal cost.
+
+    Args:
+        lengths: tokens of each sequence, each at most max_tokens.
+        world_size: ranks; each gets the same number of streams, because FSDP's collectives must match.
+        max_tokens: most tokens in one stream.
+        width: hidden size; a sequence of n tokens costs n (1 + n / (12 width)): matrix products grow
+            with n, attention with n^2, and they meet at n = 12 width.
+
+    Returns:
+        plan[rank][stream] = indices into `lengths`, each index exactly once. A stream is empty only
+        where there are fewer sequences than ranks.
+    """
+    if max(lengths) > max_tokens:
+        raise ValueError(f"a sequence of {max(lengths)} tokens does not fit a stream of {max_tokens}")
+    costs = [length * (1 + length / (12 * width)) for length in lengths]
+    longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    per_rank = max(1, -(-sum(lengths) // (max_tokens * world_size)))
+    while True:
+        streams = _fill(longest_first, lengths, costs, per_rank * world_size, max_tokens)
+        if streams is not None:
+            return [streams[rank::world_size] for rank in range(world_size)]
+        per_rank += 1
+
+
+def _fill(
+    order: Sequence[int], lengths: Sequence[int], costs: Sequence[float], count: int, max_tokens: int
+) -> list[list[int]] | None:
+    """Each sequence into the cheapest of `count` streams that has room; None if one finds no room."""
+    streams: list[list[int]] = [[] for _ in range(count)]
+    tokens, cost = [0] * count, [0.0] * count
+    for index in order:
+        open_streams = [s for s in range(count) if tokens[s] + lengths[index] <= max_tokens]
+        if not open_streams:
+            return None
+        chosen = min(open_streams, key=lambda s: (cost[s], s))
+        streams[chosen].append(index)
+        tokens[chosen] += lengths[index]
+        cost[chosen] += costs[index]
+    return streams
+
+
+def steps_per_epoch(num_samples: int, batch_size: int) -> int:
+    return -(-num_samples // batch_size)
+
+
+def batch_indices(step: int, num_samples: int, batch_size: int, seed: int) -> list[int]:
+    """The samples of global step `step` (0-based): each epoch is a fresh permutation, each sample seen once.
+
+    The last batch of an epoch holds what is left: nothing is dropped, nothing seen twice.
+    """
+    epoch, position = divmod(step, steps_per_epoch(num_samples, batch_size))
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(num_samples, generator=generator)
+    return order[position * batch_size : (position + 1) * batch_size].tolist()
