@@ -1,0 +1,92 @@
+"""One completion with all that is known of it, and its way into packed micro-batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kaja.batching import Batch, pack, plan_streams, without_training
+from kaja.chat import TokenSequence
+from kaja.data import Example
+from kaja.distributed import Ranks
+from kaja.engine import Completion
+from kaja.reward import Verdict, reward_of
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A prompt, one completion of it, and the judge's verdict."""
+
+    example: Example
+    prompt_ids: list[int]
+    completion: Completion
+    text: str
+    verdict: Verdict
+
+    @property
+    def reward(self) -> float:
+        return reward_of(self.verdict)
+
+    @property
+    def length(self) -> int:
+        return len(self.completion.token_ids)
+
+    def sequence(self) -> TokenSequence:
+        prompt, completion = self.prompt_ids, self.completion.token_ids
+        return TokenSequence(prompt + completion, [False] * len(prompt) + [True] * len(completion))
+
+    def record(self, advantage: float) -> dict[str, Any]:
+        """What a person wants to see of it, as a row of samples/step_XXXX.jsonl."""
+        return {
+            "id": self.example.id, "stream": self.example.stream, "question": self.example.question,
+            "completion": self.text, "score": self.verdict.score, "cause": self.verdict.cause,
+            "judge_said": self.verdict.text, "advantage": advantage,
+            "length": self.length, "finish_reason": self.completion.finish_reason,
+        }  # fmt: skip
+
+
+@dataclass
+class MicroBatch:
+    """A packed stream of rollouts; every (T,) tensor is about labels[t]."""
+
+    stream: Batch
+    advantages: Tensor
+    sampling_log_probs: Tensor
+    old_log_probs: Tensor | None = None  # None: the policy has not moved since it sampled
+    ref_log_probs: Tensor | None = None
+
+
+def micro_batches(
+    judged: Sequence[tuple[Rollout, float]], max_tokens: int, width: int, ranks: Ranks
+) -> list[MicroBatch]:
+    """This rank's share of a step's (rollout, advantage) pairs, in streams of at most `max_tokens`."""
+    rollouts, advantages = zip(*judged)
+    sequences = [rollout.sequence() for rollout in rollouts]
+    plan = plan_streams([len(s.input_ids) - 1 for s in sequences], ranks.world_size, max_tokens, width)
+    made = []
+    for chosen in plan[ranks.rank]:
+        packed = [sequences[index] for index in chosen] or [without_training(sequences[0])]
+        stream = pack(packed).to(ranks.device)
+        of_tokens = torch.tensor([advantages[index] for index in chosen] or [0.0], device=ranks.device)
+        sampled = torch.zeros(len(stream.labels), device=ranks.device)
+        values = [value for index in chosen for value in rollouts[index].completion.log_probs]
+        sampled[stream.completion_mask] = torch.tensor(values, device=ranks.device)
+        made.append(MicroBatch(stream, of_tokens[stream.sequence_ids], sampled))
+    return made
+
+
+def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Means over a step's completions; rewards also per stream of questions. Failed verdicts are left out."""
+    rewards = {"reward": [rollout.reward for rollout in rollouts]}
+    for rollout in rollouts:
+        rewards.setdefault(f"reward/{rollout.example.stream}", []).append(rollout.reward)
+    means = {name: torch.tensor(values, dtype=torch.float64).nanmean().item() for name, values in rewards.items()}
+    count = len(rollouts)
+    return {
+        **{name: mean for name, mean in means.items() if mean == mean},  # a stream may have no verdict at all
+        "completion_length": sum(rollout.length for rollout in rollouts) / count,
+        "truncated": sum(rollout.completion.finish_reason == "length" for rollout in rollouts) / count,
+        "judge_failures": sum(rollout.verdict.score is None for rollout in rollouts) / count,
+    }
