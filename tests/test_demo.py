@@ -109,3 +109,21 @@ def test_the_demo_end_to_end(
     shown = capfd.readouterr()
     assert shown.out.count("done before") == 3
     assert json.loads((tmp_path / "demo" / "eval" / "scores.json").read_text(encoding="utf-8")) == json.loads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_each_stage_makes_the_model_safer_and_keeps_it_helpful(tmp_path: Path, seed: int) -> None:
+    """The demo itself, with its own settings: what README's table shows holds for every seed."""
+    command = [sys.executable, "-m", "kaja.demo", "run", "--output-dir", str(tmp_path / "demo"), "--seed", str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "demo" / "eval" / "scores.json").read_text(encoding="utf-8"))
+    reward = {
+        suite: {model: row["reward"] for model, row in scores["suites"][suite]["scores"].items()}
+        for suite in ("safety", "borderline", "helpfulness")
+    }
+    assert reward["safety"]["base"] < reward["safety"]["sft"] < reward["safety"]["grpo"]
+    assert reward["safety"]["grpo"] >= reward["safety"]["base"] + 0.3
+    assert reward["helpfulness"]["grpo"] >= reward["helpfulness"]["base"] - 0.1
+    assert reward["borderline"]["grpo"] >= reward["borderline"]["base"] - 0.1
