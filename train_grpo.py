@@ -221,7 +221,7 @@ def update_policy(
         total = add_stats(total, {"loss": loss.detach(), **stats})
     grad_norm = clip_gradients(policy, config.max_grad_norm)
     if not math.isfinite(grad_norm):
-        raise RuntimeError(f"the gradient's norm is {grad_norm}; the last checkpoint is good")
+        raise RuntimeError(f"the gradient's norm is {grad_norm}: nothing was updated; look at the samples of this step")
     optimizer.step()
     optimizer.zero_grad()
     sums = reduce_stats(total, ranks)
