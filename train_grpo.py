@@ -35,7 +35,7 @@ from kaja.demo_judge import RuleJudge
 from kaja.distributed import (
     Ranks, clip_gradients, full_tensors, gather_shares, my_share, reduce_stats, setup, teardown,
 )  # fmt: skip
-from kaja.engine import Engine, make_engine
+from kaja.engine import Engine, check_installed, make_engine
 from kaja.errors import UserError
 from kaja.files import read_json, write_jsonl
 from kaja.loss import (
@@ -242,6 +242,7 @@ def read_prompts(config: Config, source: Path, chat: Chat) -> tuple[list[Example
             f"max_completion_tokens {config.max_completion_tokens}: with the longest prompt that is {max_length} "
             f"tokens, but the model's context is {context}; lower it or remove long questions"
         )
+    check_installed(config.engine)
     if config.judge_model != "rule":
         resolve_model(config.judge_model)
     return examples, prompts, max_length
@@ -259,8 +260,8 @@ def keep(
     if rewards.isnan().all():
         raise RuntimeError(f"the judge gave no verdict at all; the first completion's: {rollouts[0].verdict}")
     chosen = [(rollouts[index], advantages[index]) for index in kept.flatten().nonzero().flatten().tolist()]
-    # A step that keeps nothing still has to run on every rank: one completion with advantage 0.
-    return chosen or [(rollouts[0], 0.0)]
+    # A step that keeps nothing still has to run on every rank: one judged completion with advantage 0.
+    return chosen or [(next(rollout for rollout in rollouts if not math.isnan(rollout.reward)), 0.0)]
 
 
 def denominator(kept: list[tuple[Rollout, float]], config: Config) -> int:

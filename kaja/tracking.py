@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kaja.files import append_jsonl, read_jsonl, write_jsonl
+from kaja.files import append_jsonl, write_jsonl
 
 
 class Tracker:
@@ -72,10 +72,6 @@ def complete_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
         text = text[: text.rfind("\n") + 1]
     rows = [json.loads(line) for line in text.split("\n") if line]
     return [row for row in rows if row["step"] <= last_step]
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    return [row for _, row in read_jsonl(folder / "metrics.jsonl")]
 
 
 def _tensorboard_writer(folder: Path, initial: int) -> Any:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from kaja.tracking import Stopwatch, Tracker, read_metrics
+from kaja.files import read_jsonl
+from kaja.tracking import Stopwatch, Tracker
 
 
 def test_rows_are_written_and_resumed(tmp_path: Path) -> None:
@@ -15,7 +16,8 @@ def test_rows_are_written_and_resumed(tmp_path: Path) -> None:
         file.write('{"step": 4, "lo')
     with Tracker(tmp_path, total=4, initial=2) as tracker:
         tracker.log(3, {"loss": 9.0})
-    assert read_metrics(tmp_path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 9.0}]
+    rows = [row for _, row in read_jsonl(tmp_path / "metrics.jsonl")]
+    assert rows == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 9.0}]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

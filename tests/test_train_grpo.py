@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import train_grpo
 from kaja.data import Example
+from kaja.engine import Completion
 from kaja.reward import Verdict
 
 OPTIONS = (
@@ -223,3 +224,25 @@ def test_real_vllm_samples_and_takes_over_the_weights(tmp_path: Path, data_file:
         assert row["effective_sample_size"] > 0.999
     samples = samples_of(tmp_path / "run", 1)
     assert len({sample["completion"] for sample in samples}) > 30
+
+
+def test_without_vllm_the_run_ends_before_weights_are_loaded(
+    tmp_path: Path, model_folder: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kaja.engine.find_spec", lambda name: None)
+    monkeypatch.delattr(train_grpo, "load_model")
+    result = grpo(model_folder, data_file, tmp_path / "run", "--engine", "vllm")
+    assert result.returncode == 2
+    assert "engine 'vllm' needs vLLM" in result.stderr and "make vllm" in result.stderr
+
+
+def test_a_step_that_keeps_nothing_falls_back_on_a_judged_completion() -> None:
+    example = Example("1", "test", "safety", "質問")
+    completion = Completion([5], [-1.0], "length")
+    failed, judged = (
+        train_grpo.Rollout(example, [1], completion, "", verdict)
+        for verdict in (Verdict(None, cause="gone"), Verdict(3.0))
+    )
+    config = train_grpo.Config("m", ("d",), "o", drop=("truncated",))
+    rewards = torch.tensor([[failed.reward, judged.reward]])
+    assert train_grpo.keep([failed, judged], rewards, [0.0, 0.0], config) == [(judged, 0.0)]
