@@ -21,28 +21,29 @@ a step (8 per device x 8 accumulated x 8 GPUs, in completions, is 64 prompts), 1
 import math
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-from kaja.batching import batch_indices, steps_per_epoch
+from kaja.batching import batch_indices, fingerprint, steps_per_epoch
 from kaja.chat import Chat
-from kaja.checkpoint import load_chat, load_model, resolve_model, resume_checkpoint, save_checkpoint, save_model
-from kaja.cli import check_range, prepare_output_dir, run
+from kaja.checkpoint import load_chat, load_model, resolve_model, save_model
+from kaja.cli import check_range, check_same_data, noticing_sigterm, prepare_output_dir, run
 from kaja.data import Example, load_all
 from kaja.demo_judge import RuleJudge
 from kaja.distributed import (
-    Ranks, clip_gradients, full_tensors, gather_shares, my_share, reduce_stats, setup, teardown,
+    Ranks, Sharding, clip_gradients, full_tensors, gather_shares, my_share, recompute_blocks,
+    reduce_stats, setup, teardown,
 )  # fmt: skip
 from kaja.engine import Engine, check_installed, make_engine
-from kaja.errors import UserError
+from kaja.errors import Stopped, UserError
 from kaja.files import read_json, write_jsonl
 from kaja.loss import (
     add_stats, group_advantages, groups_with_spread, kept_completions, policy_loss, summarise_stats,
 )  # fmt: skip
-from kaja.model import CausalLM
-from kaja.optim import learning_rate_at, parameter_groups, set_learning_rate
+from kaja.model import CausalLM, ModelConfig
+from kaja.optim import is_due, learning_rate_at, parameter_groups, set_learning_rate
+from kaja.resume import CheckpointWriter, check_room, resume_checkpoint
 from kaja.reward import Judge, load_judge
 from kaja.rollouts import MicroBatch, Rollout, micro_batches, rollout_metrics
 from kaja.sync import check_sync
@@ -101,12 +102,12 @@ class Config:
     """Truncated importance weights for what engine and trainer compute differently."""
     aggregation: Literal["sequence", "token", "constant"] = "sequence"
     """Mean over each completion and then over completions, over all tokens, or over a constant length."""
-    activation_checkpointing: bool = False
-    """Compute each block again in the backward instead of keeping its activations."""
+    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Compute each block again in the backward instead of keeping its activations; auto: on GPUs."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimiser in host memory; replaces the slides' paged 8-bit AdamW."""
     save_every: int = 0
-    """Steps between checkpoints to resume from; 0: none."""
+    """Steps between checkpoints to resume from, the last two are kept; 0: none but at a SIGTERM."""
     resume: Literal["never", "auto"] = "never"
     """auto: go on from the newest checkpoint in output_dir, if there is one."""
     seed: int = 0
@@ -131,18 +132,19 @@ LOSS_OPTIONS = ("ratio", "surrogate", "clip_low", "clip_high", "kl_coef", "kl", 
 def main(config: Config) -> None:
     ranks = setup()
     source = resolve_model(config.model)
+    shape = ModelConfig.from_hf(read_json(source / "config.json"))
     chat = load_chat(source)
     output_dir = prepare_output_dir(config.output_dir, config, resume=config.resume == "auto", ranks=ranks)
-    examples, prompts, max_length = read_prompts(config, source, chat)
+    check_room(output_dir, shape, ranks, checkpoints=config.save_every > 0)
+    examples, prompts, max_length = read_prompts(config, shape, chat)
     total_steps = config.max_steps or steps_per_epoch(len(examples), config.prompts_per_step)
 
-    policy = load_model(
-        source, ranks=ranks,
-        activation_checkpointing=config.activation_checkpointing, cpu_offload=config.cpu_offload,
-    )  # fmt: skip
+    sharding = Sharding(recompute_blocks(config.activation_checkpointing, ranks), config.cpu_offload)
+    policy = load_model(source, ranks=ranks, sharding=sharding)
     reference = None
     if config.kl_coef:
-        reference = load_model(source, ranks=ranks, cpu_offload=config.cpu_offload).requires_grad_(False)
+        reference = load_model(source, ranks=ranks, sharding=Sharding(cpu_offload=config.cpu_offload))
+        reference.requires_grad_(False)
     groups = parameter_groups(policy, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
     engine = make_engine(
@@ -151,12 +153,17 @@ def main(config: Config) -> None:
     rule = config.judge_model == "rule"
     judge = RuleJudge() if rule else load_judge(config.judge_model, config.engine, ranks.device)
     sampler = Sampler(chat, examples, prompts, engine, judge)
-    first_step = resume_checkpoint(output_dir, policy, optimizer, ranks)
+    state = resume_checkpoint(output_dir, policy, optimizer, ranks)
+    data = check_same_data(state, fingerprint(prompts))
     sync(engine, policy, prompts[0], ranks)
 
     shown = ("reward", "kl", "entropy")
-    with Tracker(output_dir, total=total_steps, initial=first_step, shown=shown, enabled=ranks.is_main) as tracker:
-        for step in range(first_step, total_steps):
+    with (
+        Tracker(output_dir, total=total_steps, initial=state["step"], shown=shown, enabled=ranks.is_main) as tracker,
+        CheckpointWriter(output_dir, ranks) as checkpoints,
+        noticing_sigterm() as sigterm,
+    ):
+        for step in range(state["step"], total_steps):
             watch = Stopwatch()
             # 1, 2. Completions and verdicts: each rank works on its share of the prompts, then all know all.
             rollouts = roll_out(sampler, step, config, ranks, watch)
@@ -193,8 +200,12 @@ def main(config: Config) -> None:
             if ranks.is_main:
                 records = (rollout.record(advantage) for rollout, advantage in zip(rollouts, advantages))
                 write_jsonl(output_dir / "samples" / f"step_{step + 1:04d}.jsonl", records)
-            if config.save_every and (step + 1) % config.save_every == 0:
-                save_checkpoint(output_dir, step + 1, policy, optimizer, ranks)
+            asked_to_stop = reduce_stats({"sigterm": torch.tensor(sigterm.is_set())}, ranks)["sigterm"] > 0
+            if asked_to_stop or (config.save_every and is_due(step, config.save_every, total_steps)):
+                checkpoints.save(step + 1, policy, optimizer, data=data)
+            if asked_to_stop:
+                checkpoints.close()
+                raise Stopped(step + 1, total_steps)
 
     save_model(policy, output_dir / "hf", source, ranks)
     judge.close()
@@ -228,7 +239,7 @@ def update_policy(
     return {"loss": sums.pop("loss"), **summarise_stats(sums), "grad_norm": grad_norm}
 
 
-def read_prompts(config: Config, source: Path, chat: Chat) -> tuple[list[Example], list[list[int]], int]:
+def read_prompts(config: Config, shape: ModelConfig, chat: Chat) -> tuple[list[Example], list[list[int]], int]:
     """The questions, their prompts as tokens, and the length that prompt and completion need together.
 
     All that can be wrong with the input is found here, before any weight is loaded.
@@ -236,11 +247,10 @@ def read_prompts(config: Config, source: Path, chat: Chat) -> tuple[list[Example
     examples = load_all(config.data)
     prompts = [chat.encode_prompt([{"role": "user", "content": example.question}]) for example in examples]
     max_length = max(map(len, prompts)) + config.max_completion_tokens
-    context = read_json(source / "config.json")["max_position_embeddings"]
-    if max_length > context:
+    if max_length > shape.max_position_embeddings:
         raise UserError(
             f"max_completion_tokens {config.max_completion_tokens}: with the longest prompt that is {max_length} "
-            f"tokens, but the model's context is {context}; lower it or remove long questions"
+            f"tokens, but the model's context is {shape.max_position_embeddings}; lower it or remove long questions"
         )
     check_installed(config.engine)
     if config.judge_model != "rule":

@@ -4,13 +4,16 @@ All of it is a pure function of (lengths, step, seed, number of ranks): the stat
 step, and a resumed run sees exactly what an uninterrupted one would.
 """
 
-from collections.abc import Sequence
+import hashlib
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from kaja.chat import TokenSequence
+from kaja.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,43 @@ def pack(sequences: Sequence[TokenSequence]) -> Batch:
 def without_training(sequence: TokenSequence) -> TokenSequence:
     """The same tokens with nothing trained on: filler for a rank that has no sequence of its own."""
     return TokenSequence(sequence.input_ids, [False] * len(sequence.completion_mask))
+
+
+def cut_into_chunks(sequences: Sequence[TokenSequence], length: int, seed: int) -> list[TokenSequence]:
+    """Shuffle the sequences, lay them end to end and cut that into chunks of `length` tokens.
+
+    This is how NeMo-Aligner, the slides' tool, fed its data: chunks of 4,097 tokens, positions running
+    through and attention reaching across the samples of a chunk. A chunk's last token is the next one's
+    first, so that every trained token is predicted exactly once; the last chunk may be shorter.
+    """
+    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed)).tolist()
+    input_ids = [token for index in order for token in sequences[index].input_ids]
+    mask = [trained for index in order for trained in sequences[index].completion_mask]
+    starts = range(0, len(input_ids) - 1, length - 1)
+    return [
+        TokenSequence(input_ids[start : start + length], [False, *mask[start + 1 : start + length]])
+        for start in starts
+    ]
+
+
+def fingerprint(sequences: Iterable[Sequence[int]]) -> int:
+    """A number that tells the tokens of one data set from another's: a resumed run must see the same."""
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        digest.update(array("q", [len(sequence), *sequence]).tobytes())
+    return int.from_bytes(digest.digest()[:6], "big")
+
+
+def check_batch_size(global_batch_size: int, world_size: int) -> None:
+    """UserError unless every rank gets at least one sequence of a full batch.
+
+    Nothing else needs to divide anything: streams are planned anew for every batch (plan_streams).
+    """
+    if global_batch_size < world_size:
+        raise UserError(
+            f"global_batch_size {global_batch_size} with {world_size} ranks: every rank needs a sequence in each "
+            f"step; nearest possible: --global-batch-size {world_size}, or {global_batch_size} ranks"
+        )
 
 
 def plan_streams(lengths: Sequence[int], world_size: int, max_tokens: int, width: int) -> list[list[list[int]]]:

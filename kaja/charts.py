@@ -22,7 +22,7 @@ MAX_POINTS = 300  # of a curve; more are averaged in neighbourhoods
 SMOOTH_FROM = 40  # points; from here on a running mean is drawn over the raw curve
 STREAM_KEYS = {"reward": "all", **{f"reward/{name}": name for name in SUITES}}
 CHARTS: tuple[tuple[str, dict[str, str]], ...] = (
-    ("Loss (nats per token)", {"loss": "training", "validation_loss": "validation"}),
+    ("Loss (nats per token)", {"loss": "training", "held_out_loss": "held out"}),
     ("Reward (score / 5)", STREAM_KEYS),
     ("KL to the reference (nats per token)", {"kl": "kl"}),
     ("Completion length (tokens)", {"completion_length": "tokens"}),

@@ -1,30 +1,30 @@
-"""Hugging Face folders in and out, shard by shard, and checkpoints to resume from.
+"""Hugging Face folders in and out, shard by shard (checkpoints to resume from: kaja/resume.py).
 
-No rank ever holds a full copy: weights are read slice by slice into each rank's shard, and written
-tensor by tensor. Everything is safetensors and JSON; nothing is ever unpickled.
+No rank ever holds a full copy: weights are read slice by slice into each rank's shard, and gathered
+tensor by tensor into files that the ranks write side by side. Everything is safetensors and JSON.
 """
 
 import shutil
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+import torch.distributed as dist
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from kaja.chat import TEMPLATES, Chat
-from kaja.distributed import Ranks, barrier, full_tensors, shard_model
+from kaja.distributed import Ranks, Sharding, gather_shares, shard_model
 from kaja.errors import UserError
-from kaja.files import read_json, read_text, replacing, write_json
+from kaja.files import read_json, read_text, write_json
 from kaja.model import CausalLM, ModelConfig
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -90,9 +90,7 @@ def load_model(
     folder: Path | str,
     dtype: torch.dtype = torch.float32,
     ranks: Ranks | None = None,
-    *,
-    activation_checkpointing: bool = False,
-    cpu_offload: bool = False,
+    sharding: Sharding = Sharding(),
 ) -> CausalLM:
     """A model with the weights of a Hugging Face folder.
 
@@ -105,8 +103,8 @@ def load_model(
         model = CausalLM(config).to(dtype)
     device = torch.device("cpu")
     if ranks is not None:
-        shard_model(model, ranks, activation_checkpointing=activation_checkpointing, cpu_offload=cpu_offload)
-        device = torch.device("cpu") if cpu_offload else ranks.device
+        shard_model(model, ranks, sharding)
+        device = torch.device("cpu") if sharding.cpu_offload else ranks.device
     model.to_empty(device=device)
     if config.tie_word_embeddings:  # to_empty gives each name its own memory
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -185,54 +183,115 @@ def _token_id(tokenizer: Tokenizer, config: dict[str, Any], key: str) -> int | N
 # ---------------------------------------------------------------------------------------------------
 
 
+def file_dtype(ranks: Ranks) -> torch.dtype:
+    """Of the weights that save_model writes: bfloat16 on CUDA, float32 on a CPU, where all computing is float32."""
+    return torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+
+
 def save_model(model: nn.Module, folder: Path, source: Path, ranks: Ranks) -> None:
     """Write a Hugging Face folder: weights, and config and tokenizer of `source`.
 
-    All ranks take part, one tensor is gathered at a time, rank 0 writes files of at most 5 GB. The
-    folder appears when it is complete. On CUDA the weights are written as bfloat16, which is what
-    generation reads; on the CPU, where all computing is float32, as float32.
+    All ranks take part: files of at most 5 GB are made world_size at a time, one by each rank, which holds
+    no more than its file and the tensor being gathered. The folder appears when it is complete, the same for
+    any number of ranks. On CUDA the weights are written as bfloat16, which is what generation reads; on the
+    CPU, where all computing is float32, as float32.
+
+    Raises:
+        UserError: on every rank, if one of them cannot write; what stood at `folder` before stays.
     """
-    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    dtype = file_dtype(ranks)
     config = read_json(source / "config.json")
-    tied = bool(config.get("tie_word_embeddings"))
-    if not ranks.is_main:
-        for _ in full_tensors(model):
-            pass
-        barrier()
-        return
-    with replacing(folder) as temporary:
-        temporary.mkdir()
-        _write_weights(model, temporary, dtype, skip={"lm_head.weight"} if tied else set())
-        config.pop("torch_dtype", None)
-        config.pop("auto_map", None)  # it points at code, which is not copied
-        write_json(temporary / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
-        for name in COMPANIONS:
-            if (source / name).exists():
-                shutil.copyfile(source / name, temporary / name)
-    barrier()
+    tensors = model.state_dict()
+    if config.get("tie_word_embeddings"):
+        tensors.pop("lm_head.weight", None)
+    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in tensors.items()}
+    files = _plan_files(sizes)
+    temporary = folder.with_name(f".{folder.name}.tmp")  # the same name on every rank
+    try:
+        with _agreed(folder, ranks):
+            if ranks.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)  # of a killed run
+                temporary.mkdir(parents=True)
+        for first in range(0, len(files), ranks.world_size):
+            own = _gather_own_file(files[first : first + ranks.world_size], tensors, dtype, ranks)
+            with _agreed(folder, ranks):
+                if own:
+                    write_tensors(own, temporary / _file_name(first + ranks.rank, len(files)), {"format": "pt"})
+            del own  # or it would be there while the next one is gathered
+        with _agreed(folder, ranks):
+            if ranks.is_main:
+                _write_index(files, sizes, temporary)
+                _write_companions(source, config, dtype, temporary)
+                move_folder(temporary, folder)
+    finally:
+        if ranks.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_weights(model: nn.Module, folder: Path, dtype: torch.dtype, skip: set[str]) -> None:
-    """model.safetensors, or model-0000N-of-0000M.safetensors and an index."""
-    sizes = {
-        name: tensor.numel() * dtype.itemsize for name, tensor in model.state_dict().items() if name not in skip
-    }
-    shards = _plan_files(sizes)
-    file_of = {name: number for number, names in enumerate(shards) for name in names}
-    waiting: dict[int, dict[str, Tensor]] = {number: {} for number in range(len(shards))}
-    for name, tensor in full_tensors(model):
-        if name in skip:
-            continue
-        number = file_of[name]
-        waiting[number][name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
-        if len(waiting[number]) == len(shards[number]):
-            save_file(waiting.pop(number), folder / _file_name(number, len(shards)), metadata={"format": "pt"})
-    if len(shards) > 1:
-        weight_map = {name: _file_name(number, len(shards)) for name, number in file_of.items()}
+@contextmanager
+def _agreed(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Around what the ranks do to the disk: if it fails on one of them, the same UserError on all."""
+    failure = ""
+    try:
+        yield
+    except OSError as error:
+        failure = f"rank {ranks.rank}: {error.strerror or error}"
+    failures = [one for one in gather_shares([failure], ranks) if one]
+    if failures:
+        raise UserError(
+            f"{folder}: cannot be written ({failures[0]}); make room there or choose a writable folder; "
+            f"a run with checkpoints goes on from the last one with --resume auto"
+        )
+
+
+def _gather_own_file(
+    wave: list[list[str]], tensors: dict[str, Tensor], dtype: torch.dtype, ranks: Ranks
+) -> dict[str, Tensor]:
+    """What this rank is to write of a wave of files; every tensor is gathered on every rank, one at a time."""
+    own = {}
+    for number, names in enumerate(wave):
+        for name in names:
+            whole = _gather(tensors[name], dtype)
+            if number == ranks.rank:
+                own[name] = whole.cpu()
+            del whole  # or it would be there while the next one is gathered
+    return own
+
+
+@torch.no_grad()
+def _gather(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The whole tensor of fully_shard's shards of rows, as `dtype`, on every rank.
+
+    Each rank broadcasts its rows into place: gloo's all_gather, and so full_tensor, needs twice the memory.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().to(dtype)
+    whole = torch.empty(tensor.shape, dtype=dtype, device=tensor.to_local().device)
+    group = tensor.device_mesh.get_group(-1)  # the last dimension of the mesh shards, one before it (HSDP) copies
+    for rank, rows in enumerate(whole.chunk(dist.get_world_size(group))):
+        if rank == dist.get_rank(group):
+            rows.copy_(tensor.to_local())
+        dist.broadcast(rows, group=group, group_src=rank)
+    return whole
+
+
+def _write_index(files: list[list[str]], sizes: dict[str, int], folder: Path) -> None:
+    if len(files) > 1:
+        weight_map = {name: _file_name(number, len(files)) for number, names in enumerate(files) for name in names}
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 
 
+def _write_companions(source: Path, config: dict[str, Any], dtype: torch.dtype, folder: Path) -> None:
+    written = {name: value for name, value in config.items() if name not in ("torch_dtype", "auto_map")}
+    # auto_map points at code, which is not copied.
+    write_json(folder / "config.json", {**written, "dtype": str(dtype).removeprefix("torch.")})
+    for name in COMPANIONS:
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+
+
 def _plan_files(sizes: dict[str, int]) -> list[list[str]]:
+    """Names of the tensors of each file, in the order of the model: the same for any number of ranks."""
     files: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -248,82 +307,20 @@ def _file_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-# ---------------------------------------------------------------------------------------------------
-# Checkpoints to resume from
-# ---------------------------------------------------------------------------------------------------
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file, straight from the tensors' memory; OSError where it cannot be written."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(str(error).removeprefix("Error while serializing: I/O error: ")) from None
+    path.chmod(path.parent.stat().st_mode & 0o666)  # save_file makes files that nobody else can read
 
 
-def save_checkpoint(
-    output_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, *, keep: int = 2
-) -> None:
-    """Write output_dir/checkpoints/step_XXXXXX and remove all but the last `keep`.
-
-    Every rank writes its own shards (torch.distributed.checkpoint as safetensors). The folder is made
-    aside and renamed by rank 0 when all have finished: a kill at any moment leaves the last good one.
-    """
-    folder = output_dir / "checkpoints" / f"step_{step:06d}"
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    if ranks.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier()
-    writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one rank: as intended
-        dcp.save(_training_tensors(model, optimizer), storage_writer=writer, no_dist=ranks.world_size == 1)
-    barrier()
-    if ranks.is_main:
-        write_json(temporary / "state.json", {"step": step, "optimizer_steps": _optimizer_steps(optimizer)})
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-        for old in _checkpoints(output_dir)[:-keep]:
-            shutil.rmtree(old)
-    barrier()
-
-
-def resume_checkpoint(output_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> int:
-    """Load the newest checkpoint into model and optimiser; return its step, 0 if there is none.
-
-    The number of ranks may differ from the run that saved it.
-    """
-    checkpoints = _checkpoints(output_dir)
-    if not checkpoints:
-        return 0
-    state = read_json(checkpoints[-1] / "state.json")
-    _prime_optimizer(optimizer, state["optimizer_steps"])
-    reader = HuggingFaceStorageReader(str(checkpoints[-1]))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(_training_tensors(model, optimizer), storage_reader=reader, no_dist=ranks.world_size == 1)
-    return int(state["step"])
-
-
-def _checkpoints(output_dir: Path) -> list[Path]:
-    return sorted((output_dir / "checkpoints").glob("step_*"))
-
-
-def _training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Parameters and both AdamW moments under one flat naming; loading writes into these very tensors."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        name = name.replace("_checkpoint_wrapped_module.", "")
-        tensors[f"model.{name}"] = parameter.detach()
-        for moment in ("exp_avg", "exp_avg_sq"):
-            if moment in optimizer.state[parameter]:
-                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
-    return tensors
-
-
-def _prime_optimizer(optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """Give AdamW the state it makes at its first step, so that there is something to load into."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"] if steps else []:
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(steps), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-            }
-
-
-def _optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
-    return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
+def move_folder(source: Path, target: Path) -> None:
+    """Rename a folder; one that is already at the target (it cannot be renamed over) is removed."""
+    old = target.with_name(f".{target.name}.old.tmp")
+    if target.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    source.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

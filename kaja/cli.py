@@ -1,32 +1,41 @@
 """What the four scripts share around their loop: command line, output folder, exit codes."""
 
 import dataclasses
+import errno
 import io
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import tyro
 
 from kaja.distributed import Ranks, barrier
-from kaja.errors import UserError
+from kaja.errors import Stopped, UserError
 from kaja.files import read_json, write_json
 
 ConfigT = TypeVar("ConfigT")
 
 # Fields that may differ between a run and its resumption: they do not change what is computed.
-NOT_COMPARED = ("output_dir", "resume", "save_every", "keep_checkpoints", "show_data")
+NOT_COMPARED = (
+    "output_dir", "data", "eval_data", "eval_every", "resume", "save_every", "show_data", "dry_run", "world_size",
+    "gpu_memory",
+)  # fmt: skip
+# The file system's fault, not kaja's: full, over quota, read-only, or too large a file for it.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def run(main: Callable[[ConfigT], None], config_class: type[ConfigT], argv: Sequence[str] | None = None) -> int:
     """Parse the command line into `config_class`, call `main`, return the exit code.
 
-    0: done. 2: the command line or the input is wrong; one line on stderr says what. Any other
-    exception is a defect of kaja and keeps its traceback.
+    0: done. 2: the command line, the input or the disk is at fault; one line on stderr says what. 143:
+    SIGTERM came, the run saved and stopped. Any other exception is a defect of kaja and keeps its traceback.
     """
     description = sys.modules[main.__module__].__doc__
     try:
@@ -34,7 +43,36 @@ def run(main: Callable[[ConfigT], None], config_class: type[ConfigT], argv: Sequ
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + signal.SIGTERM
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = error.filename or "the output folder"
+        print(
+            f"error: {where}: cannot be written ({os.strerror(error.errno)}); what was written before is kept; "
+            f"make room, then go on with --resume auto", file=sys.stderr,
+        )  # fmt: skip
+        return 2
     return 0
+
+
+@contextmanager
+def noticing_sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets instead of ending the process: spot machines and schedulers announce
+    the end with it. The loop looks at it between steps."""
+    received = threading.Event()
+
+    def notice(number: int, frame: FrameType | None) -> None:
+        received.set()
+        signal.signal(signal.SIGTERM, previous)  # a second one is in earnest
+
+    previous = signal.signal(signal.SIGTERM, notice)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _parse(config_class: type[ConfigT], argv: Sequence[str] | None, description: str | None) -> ConfigT:
@@ -87,6 +125,8 @@ def prepare_output_dir(output_dir: str, config: Any, *, resume: bool, ranks: Ran
     if ranks is None or ranks.is_main:
         _claim_folder(folder, dataclasses.asdict(config), resume)
     barrier()
+    if not folder.is_dir():
+        raise UserError(f"{folder}: rank 0 made it, but this node does not see it; all nodes must share --output-dir")
     return folder
 
 
@@ -117,3 +157,13 @@ def _check_same_config(old: dict[str, Any], new: dict[str, Any], folder: Path) -
                 f"{folder}/config.json: {name} was {old.get(name)!r} and is now {now!r}; a resumed run must "
                 f"compute the same; give the old value, or start anew in another --output-dir"
             )
+
+
+def check_same_data(state: dict[str, int], fingerprint: int) -> int:
+    """The fingerprint of the data, for the next checkpoint; UserError if the one resumed from saw other data."""
+    if state.get("data", fingerprint) != fingerprint:
+        raise UserError(
+            "data: not what the checkpoint was trained on; a resumed run must see the same samples in the same "
+            "order; give the old files, or start anew in another --output-dir"
+        )
+    return fingerprint

@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from kaja.errors import UserError
 from kaja.model import CausalLM
 
 ItemT = TypeVar("ItemT")
@@ -66,42 +67,124 @@ def barrier() -> None:
 # ---------------------------------------------------------------------------------------------------
 
 
-def shard_model(
-    model: CausalLM, ranks: Ranks, *, activation_checkpointing: bool = False, cpu_offload: bool = False
-) -> None:
-    """Apply activation checkpointing and FSDP2 to a CausalLM, in place.
+@dataclass(frozen=True)
+class Sharding:
+    """How a model is laid over the ranks; the defaults are plain FSDP2."""
+
+    activation_checkpointing: bool = False
+    """Keep only each block's input and compute the block again in the backward."""
+    cpu_offload: bool = False
+    """Parameters, gradients and optimiser state live in host memory; AdamW runs there."""
+    compile: bool = False
+    """torch.compile each block (attention excepted: its sequences differ from stream to stream)."""
+    replicas: int = 1
+    """Whole copies of the model (HSDP): ranks shard inside a copy, copies add up their gradients."""
+
+
+def recompute_blocks(activation_checkpointing: str, ranks: Ranks) -> bool:
+    """What the option "auto", "on" or "off" means here: auto saves memory where it is scarce, on GPUs."""
+    return activation_checkpointing == "on" or (activation_checkpointing == "auto" and ranks.device.type == "cuda")
+
+
+def check_replicas(replicas: int, world_size: int) -> None:
+    """UserError unless every copy of the model gets the same number of ranks."""
+    if world_size % replicas:
+        possible = [number for number in range(1, world_size + 1) if world_size % number == 0]
+        nearest = sorted(possible, key=lambda number: (abs(number - replicas), number))[:2]
+        raise UserError(
+            f"replicas {replicas} with {world_size} ranks: it must divide the number of ranks; "
+            f"nearest possible: {' or '.join(map(str, sorted(nearest)))}"
+        )
+
+
+def shard_model(model: CausalLM, ranks: Ranks, sharding: Sharding = Sharding()) -> None:
+    """Apply torch.compile, activation checkpointing and FSDP2 to a CausalLM, in place and in this order.
 
     Each block is one FSDP group, embeddings, norm and head are the root's. Parameters stay float32
     (the master weights); on CUDA they are gathered as bfloat16 and gradients are reduced in float32.
     Gradients are *summed* over ranks: the losses already divide by global counts (kaja/loss.py).
 
-    activation_checkpointing: keep only each block's input and compute the block again in the backward.
-    cpu_offload: parameters, gradients and optimiser state live in host memory; AdamW runs there.
-
-    On one CPU rank there is nothing to shard: the model is left as it is.
+    On one CPU rank there is nothing to shard: FSDP2 is left out.
     """
-    if activation_checkpointing:
-        for index, block in enumerate(model.model.layers):
+    for index, block in enumerate(model.model.layers):
+        if sharding.compile:
+            compile_block(block)
+        if sharding.activation_checkpointing:
             model.model.layers[index] = checkpoint_wrapper(block, CheckpointImpl.NO_REENTRANT)
     if ranks.world_size == 1 and ranks.device.type == "cpu":
         return
-    on_cuda = ranks.device.type == "cuda"
     if not dist.is_initialized():  # one GPU without torchrun: FSDP still gives bf16 compute and offload
-        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+        dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    apply_fsdp(model, make_mesh(ranks, sharding.replicas), cpu_offload=sharding.cpu_offload)
+
+
+def compile_block(block: nn.Module) -> None:
+    """torch.compile what stands around the attention: once, for all blocks and for streams of any length.
+
+    Attention stays eager: compiled, it would be compiled again for each new number of sequences, and
+    after a few of them not at all.
+    """
+    for module, method in ((block.self_attn, "project"), (block, "add_mlp")):
+        setattr(module, method, torch.compile(getattr(module, method), dynamic=True, fullgraph=True))
+
+
+def make_mesh(ranks: Ranks, replicas: int = 1) -> DeviceMesh:
+    """(shard,) for one copy of the model, (replicate, shard) for several."""
+    check_replicas(replicas, ranks.world_size)
+    if replicas == 1:
+        return init_device_mesh(ranks.device.type, (ranks.world_size,), mesh_dim_names=("shard",))
+    shape = (replicas, ranks.world_size // replicas)
+    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def apply_fsdp(
+    model: CausalLM, mesh: DeviceMesh, *, cpu_offload: bool = False, mixed_precision: bool | None = None
+) -> None:
+    """fully_shard of blocks and root over `mesh`; bfloat16 compute on CUDA, or as `mixed_precision` says."""
+    on_cuda = mesh.device_type == "cuda"
+    in_bfloat16 = on_cuda if mixed_precision is None else mixed_precision
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     options: dict[str, Any] = {
         "mesh": mesh,
-        "mp_policy": precision if on_cuda else MixedPrecisionPolicy(),
+        "mp_policy": precision if in_bfloat16 else MixedPrecisionPolicy(),
         "offload_policy": CPUOffloadPolicy(pin_memory=on_cuda) if cpu_offload else OffloadPolicy(),
     }
-    for block in model.model.layers:
-        fully_shard(block, **options)
+    blocks = [fully_shard(block, **options) for block in model.model.layers]
     fully_shard(model, **options)
+    # Ask for a block's weights while the one before still computes; the root's are there from the start.
+    for block, following in zip(blocks, blocks[1:]):
+        block.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([block])
     for module in model.modules():
         if isinstance(module, FSDPModule):  # neither setting is recursive
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def reduce_gradients(model: nn.Module, *, every: bool, last: bool) -> None:
+    """Say what the coming backward does with its gradients.
+
+    every: reduce them over the ranks after every micro-batch, so that they stay sharded. Otherwise
+        after the last one only: less to send, but until then each rank holds the gradients of the
+        whole model in float32.
+    last: this is the step's last micro-batch. Copies of the model (HSDP) add up their shards only here.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(every or last)
+        model.set_requires_all_reduce(last)
+
+
+def named_shards(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(Hugging Face name, this rank's shard) of every parameter, as the optimiser knows them.
+
+    After a forward without a backward FSDP leaves the root's parameters whole, and named_parameters()
+    would show those instead.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    for name, parameter in model.named_parameters():
+        yield name.replace("_checkpoint_wrapped_module.", ""), parameter
 
 
 def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -124,14 +207,14 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
 def reduce_stats(stats: dict[str, Tensor], ranks: Ranks) -> dict[str, float]:
     """Add each statistic over the ranks (names that end in "_max": take the maximum), in two reductions."""
     names = sorted(stats)
-    values = {name: stats[name].detach().double() for name in names}
+    values = {name: stats[name].detach().to(ranks.device, torch.float64) for name in names}
     if ranks.world_size > 1:
         for chosen, operation in (
             ([n for n in names if not n.endswith("_max")], dist.ReduceOp.SUM),
             ([n for n in names if n.endswith("_max")], dist.ReduceOp.MAX),
         ):
             if chosen:
-                packed = torch.stack([values[name] for name in chosen]).to(ranks.device)
+                packed = torch.stack([values[name] for name in chosen])
                 dist.all_reduce(packed, operation)
                 values.update(zip(chosen, packed))
     return {name: float(values[name]) for name in names}

@@ -1,4 +1,4 @@
-"""The one exception for what the user can mend."""
+"""The exceptions that are no defects: what the user can mend, and a run that was asked to stop."""
 
 
 class UserError(Exception):
@@ -7,3 +7,10 @@ class UserError(Exception):
     The message is one line: what is wrong, where, the rule, and the fix. The scripts print it
     without a traceback and end with exit code 2 (kaja.cli.run).
     """
+
+
+class Stopped(Exception):
+    """SIGTERM asked a run to stop, and it has saved a checkpoint to go on from. Exit code 143."""
+
+    def __init__(self, step: int, total_steps: int) -> None:
+        super().__init__(f"SIGTERM: saved after step {step} of {total_steps}; go on with --resume auto")

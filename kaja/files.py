@@ -32,6 +32,17 @@ def replacing(path: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def check_free_space(folder: Path, needed: int, purpose: str) -> None:
+    """UserError if `folder`'s disk has no room for the bytes that a run will hold there (what it holds now counts)."""
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free
+    if needed - held > free:
+        raise UserError(
+            f"{folder}: {free / 1e9:.1f} GB free, but the run needs {(needed - held) / 1e9:.1f} GB there for "
+            f"{purpose}; make room or choose another --output-dir"
+        )
+
+
 def write_text(path: Path | str, text: str) -> None:
     with replacing(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -206,13 +206,16 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        queries = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H, d)
-        keys = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, d)
-        values = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, d)
+        return self.o_proj(attend(self.layer, *self.project(x, cos, sin)).flatten(1))
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, D) -> queries (T, H, d) and keys (T, K, d), turned by their positions, and values (T, K, d)."""
+        queries = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
+        keys = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
+        values = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         if hasattr(self, "q_norm"):
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
-        return self.o_proj(attend(self.layer, queries, keys, values).flatten(1))
+        return rotate(queries, cos, sin), rotate(keys, cos, sin), values
 
 
 class MLP(nn.Module):
@@ -235,7 +238,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return self.add_mlp(x + self.self_attn(self.input_layernorm(x), cos, sin, attend))
+
+    def add_mlp(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -62,3 +62,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     return learning_rate
+
+
+def is_due(step: int, every: int, max_steps: int) -> bool:
+    """Whether something that happens after each `every` steps (0: not), and after the last, happens after `step`."""
+    return step + 1 == max_steps or (every > 0 and (step + 1) % every == 0)

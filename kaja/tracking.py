@@ -4,6 +4,8 @@ Only rank 0 writes. The loops call `log` once per step and never ask who they ar
 """
 
 import json
+import math
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from kaja.files import append_jsonl, write_jsonl
@@ -39,11 +42,13 @@ class Tracker:
         self.bar = tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True)
         self.writer = _tensorboard_writer(folder / "tensorboard", initial)
 
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
+    def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record the metrics of `step` (1-based)."""
         if not self.enabled:
             return
-        append_jsonl(self.path, [{"step": step, **metrics}])
+        # JSON has no NaN and no infinity: null.
+        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        append_jsonl(self.path, [{"step": step, **row}])
         if self.writer is not None:
             for name, value in metrics.items():
                 self.writer.add_scalar(name, value, step)
@@ -81,6 +86,13 @@ def _tensorboard_writer(folder: Path, initial: int) -> Any:
     except ImportError:
         return None
     return SummaryWriter(str(folder), purge_step=initial + 1)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory that this process has had so far: of the GPU, or on a CPU its resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
 class Stopwatch:

@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,17 +110,25 @@ def kill_after(folder: Path, rows: int, arguments: list[str]) -> None:
     process = subprocess.Popen(
         arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT, start_new_session=True
     )
-    metrics = folder / "metrics.jsonl"
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < rows:
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.002)
+    wait_for_rows(folder, rows, process)
     subprocess.run(["pkill", "-9", "-s", str(process.pid)], check=False)
     assert process.wait() == -signal.SIGKILL
     assert not (folder / "hf").exists()
 
 
+def wait_for_rows(folder: Path, rows: int, process: subprocess.Popen[Any]) -> None:
+    metrics = folder / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < rows:
+        assert process.poll() is None, f"the run ended before it had logged {rows} steps"
+        time.sleep(0.002)
+
+
+def checkpoints_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
+
+
 def metrics_of(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run without what depends on the clock."""
+    """The rows of a run without what depends on the clock or the process."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    timed = ("seconds", "tokens_per_second")
+    timed = ("seconds", "tokens_per_second", "mfu", "peak_memory")
     return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in rows]

@@ -6,8 +6,12 @@ import random
 import pytest
 import torch
 
-from kaja.batching import batch_indices, pack, plan_streams, steps_per_epoch, without_training
+from kaja.batching import (
+    batch_indices, check_batch_size, cut_into_chunks, fingerprint, pack, plan_streams, steps_per_epoch,
+    without_training,
+)  # fmt: skip
 from kaja.chat import TokenSequence
+from kaja.errors import UserError
 
 
 def test_pack_shifts_once_and_marks_the_borders() -> None:
@@ -71,3 +75,44 @@ def test_each_epoch_sees_every_sample_once_in_a_new_order() -> None:
     assert epochs[0] != epochs[1]
     assert len(batch_indices(2, 10, 4, seed=5)) == 2  # what is left
     assert batch_indices(1, 10, 4, seed=5) != batch_indices(1, 10, 4, seed=6)
+
+
+def test_chunks_predict_every_trained_token_once() -> None:
+    # Sequence k has the tokens 100 k, 100 k + 1, ...; the first two are its question.
+    sequences = [
+        TokenSequence(list(range(100 * k, 100 * k + n)), [False] * 2 + [True] * (n - 2))
+        for k, n in enumerate([5, 9, 3, 30, 12], start=1)
+    ]
+    chunks = cut_into_chunks(sequences, 17, seed=3)
+    assert [len(chunk.input_ids) for chunk in chunks] == [17, 17, 17, 11]  # 59 tokens, three shared by two chunks
+    for one, two in zip(chunks, chunks[1:]):
+        assert one.input_ids[-1] == two.input_ids[0]
+    batch = pack(chunks)
+    predicted = batch.labels[batch.completion_mask].tolist()
+    assert sorted(predicted) == sorted(token for s in sequences for token in s.input_ids[2:])
+    # Each sample's tokens stay together and in order, and the samples are shuffled.
+    laid_out = chunks[0].input_ids + [token for chunk in chunks[1:] for token in chunk.input_ids[1:]]
+    order = [token // 100 for token in laid_out if token % 100 == 0]
+    assert sorted(order) == [1, 2, 3, 4, 5] and order != [1, 2, 3, 4, 5]
+    assert laid_out == [token for k in order for token in sequences[k - 1].input_ids]
+    # A chunk is one sequence: positions run through, and attention reaches back to its start.
+    assert pack(chunks[:1]).positions.tolist() == list(range(16))
+
+
+def test_a_chunk_never_has_a_lone_token() -> None:
+    sequence = TokenSequence([1, 2, 3, 4, 5], [False, True, True, True, True])
+    assert [chunk.input_ids for chunk in cut_into_chunks([sequence], 3, seed=0)] == [[1, 2, 3], [3, 4, 5]]
+
+
+def test_the_fingerprint_tells_borders_and_order() -> None:
+    numbers = {fingerprint(data) for data in ([[1, 2], [3]], [[1], [2, 3]], [[3], [1, 2]], [[1, 2, 3]], [[1, 2]])}
+    assert len(numbers) == 5
+    assert fingerprint([[1, 2], [3]]) == fingerprint(iter([[1, 2], [3]]))
+    assert 0 <= fingerprint([[1]]) < 2**53  # whole in every JSON reader
+
+
+def test_a_batch_smaller_than_the_number_of_ranks_is_refused() -> None:
+    check_batch_size(8, 8)
+    check_batch_size(256, 6)  # nothing has to divide: streams are planned for each batch
+    with pytest.raises(UserError, match=r"global_batch_size 4 with 8 ranks: .* --global-batch-size 8, or 4 ranks"):
+        check_batch_size(4, 8)

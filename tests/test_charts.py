@@ -47,9 +47,9 @@ def test_points_that_are_no_numbers_are_left_out() -> None:
 
 
 def test_charts_of_the_two_kinds_of_runs() -> None:
-    sft = Run("sft", {1: {"loss": 3.0, "learning_rate": 1e-5}, 2: {"loss": 2.0, "validation_loss": 2.5}})
+    sft = Run("sft", {1: {"loss": 3.0, "learning_rate": 1e-5}, 2: {"loss": 2.0, "held_out_loss": 2.5}})
     assert sft.charts() == [
-        ("Loss (nats per token)", {"training": [(1, 3.0), (2, 2.0)], "validation": [(2, 2.5)]})
+        ("Loss (nats per token)", {"training": [(1, 3.0), (2, 2.0)], "held out": [(2, 2.5)]})
     ]
     row = {"loss": 0.0, "reward": 0.5, "reward/safety": 0.4, "reward/helpfulness": 0.6, "kl": 0.1, "entropy": 1.0}
     titles = {title: list(series) for title, series in Run("grpo", {1: row}).charts()}

@@ -1,22 +1,24 @@
-"""Hugging Face folders in and out (against transformers), and checkpoints to resume from."""
+"""Hugging Face folders in and out, against transformers and vLLM."""
 
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_worker import run_cases
 from conftest import make_model_folder
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kaja import checkpoint
-from kaja.checkpoint import load_chat, load_model, resolve_model, resume_checkpoint, save_checkpoint, save_model
+from kaja.checkpoint import load_chat, load_model, resolve_model, save_model
 from kaja.distributed import Ranks
+from kaja.engine import TorchEngine, make_engine
 from kaja.errors import UserError
 from kaja.files import read_json, write_json
 from kaja.model import CausalLM
-from kaja.optim import parameter_groups
 
 ONE = Ranks(0, 0, 1, torch.device("cpu"))
 IDS = torch.tensor([1, 5, 17, 40, 3, 200])
@@ -51,6 +53,35 @@ def test_a_saved_folder_gives_transformers_the_same_logits(
         AutoTokenizer.from_pretrained(tmp_path / "out")(question)["input_ids"]
         == AutoTokenizer.from_pretrained(source)(question)["input_ids"]
     )
+
+
+def test_a_saved_folder_replaces_the_one_before(tmp_path: Path, model_folder: Path) -> None:
+    model, folder = load_model(model_folder), tmp_path / "runs" / "hf"
+    folder.mkdir(parents=True)
+    (folder / "old.txt").touch()
+    (tmp_path / "runs" / ".hf.tmp").mkdir()  # of a killed run
+    save_model(model, folder, model_folder, ONE)
+    names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert [path.name for path in folder.parent.iterdir()] == ["hf"]
+    modes = {path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    (tmp_path / "file").touch()
+    assert modes == {(tmp_path / "file").stat().st_mode & 0o777}  # whoever may read files of this run may read these
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, model_folder: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/hf: cannot be written \(rank 0: Not a directory\)"):
+        save_model(load_model(model_folder), tmp_path / "file" / "hf", model_folder, ONE)
+
+
+def test_on_cuda_weights_are_written_as_bfloat16(tmp_path: Path, model_folder: Path) -> None:
+    model = load_model(model_folder)
+    save_model(model, tmp_path / "hf", model_folder, Ranks(0, 0, 1, torch.device("cuda")))
+    written = load_file(tmp_path / "hf" / "model.safetensors")
+    assert read_json(tmp_path / "hf" / "config.json")["dtype"] == "bfloat16"
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(written[name], tensor.bfloat16())
 
 
 def test_tied_embeddings_stay_one_parameter(tmp_path: Path) -> None:
@@ -126,33 +157,70 @@ def test_the_chat_of_a_folder(tmp_path: Path, model_folder: Path) -> None:
         load_chat(folder)
 
 
-def trained(folder: Path, steps: int) -> tuple[CausalLM, torch.optim.AdamW]:
-    torch.manual_seed(0)
-    model = load_model(folder)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-2, fused=True)
-    for _ in range(steps):
-        logits(model).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model, optimizer
+# ---------------------------------------------------------------------------------------------------
+# Several ranks (tests/checkpoint_worker.py)
+# ---------------------------------------------------------------------------------------------------
+
+on_ranks = [pytest.mark.gloo, pytest.mark.slow, pytest.mark.xdist_group("checkpoint")]
 
 
-def test_a_checkpoint_restores_parameters_and_moments_exactly(tmp_path: Path, model_folder: Path) -> None:
-    model, optimizer = trained(model_folder, 3)
-    for step in (1, 2, 3):
-        save_checkpoint(tmp_path, step, model, optimizer, ONE, keep=2)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
-    # A later checkpoint that a kill cut short does not count.
-    (tmp_path / "checkpoints" / ".step_000004.tmp").mkdir()
-
-    fresh, fresh_optimizer = trained(model_folder, 0)
-    assert resume_checkpoint(tmp_path, fresh, fresh_optimizer, ONE) == 3
-    for one, two in zip(model.parameters(), fresh.parameters()):
-        assert torch.equal(one, two)
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            assert torch.equal(optimizer.state[one][key], fresh_optimizer.state[two][key])
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
 
 
-def test_without_a_checkpoint_a_run_starts_at_its_beginning(tmp_path: Path, model_folder: Path) -> None:
-    model, optimizer = trained(model_folder, 0)
-    assert resume_checkpoint(tmp_path, model, optimizer, ONE) == 0
+@pytest.fixture(scope="module")
+def done(model_folder: Path, scratch: Path) -> subprocess.CompletedProcess[str]:
+    return run_cases(model_folder, scratch, "load", "save", "save_on_a_full_disk")
+
+
+@pytest.mark.parametrize("case", [pytest.param(name, marks=on_ranks) for name in ("load", "save_on_a_full_disk")])
+def test_on_several_ranks(case: str, done: subprocess.CompletedProcess[str]) -> None:
+    assert f"passed {case}\n" in done.stdout, done.stderr[-3000:]
+
+
+@pytest.mark.gloo
+@pytest.mark.slow
+@pytest.mark.xdist_group("checkpoint")
+def test_any_number_of_ranks_writes_the_same_folder(
+    model_folder: Path, scratch: Path, done: subprocess.CompletedProcess[str]
+) -> None:
+    assert "passed save\n" in done.stdout, done.stderr[-3000:]
+    contents = []
+    for world_size in (1, 2, 3, 4):
+        folder = scratch / f"hf {world_size}"
+        contents.append({str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("**/*.*")})
+    assert contents[0] == contents[1] == contents[2] == contents[3]
+    assert sum(name.startswith("model-") for name in contents[0]) == 4  # with 3 ranks, one of them is the last wave
+    assert sum(name.startswith("bfloat16/model-") for name in contents[0]) > 1
+    ours, source = load_model(scratch / "hf 2"), load_model(model_folder)
+    assert all(torch.equal(one, other) for one, other in zip(ours.parameters(), source.parameters(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------
+# vLLM
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.xdist_group("vllm")
+@pytest.mark.parametrize("tied", [False, True])
+def test_vllm_loads_a_saved_folder(tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real vLLM reads config, index and files: it completes as the model that was saved."""
+    source = make_model_folder(tmp_path / "source", head_dim=32, tie_word_embeddings=tied)
+    model = load_model(source)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.3)
+    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 60_000)
+    save_model(model, tmp_path / "out", source, ONE)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    prompts, seeds = [[5, 9, 33, 7, 8], [1, 200, 17], [40] * 9], [0, 1, 2]
+    engine = make_engine("vllm", tmp_path / "out", stop_token_ids=[2], max_length=64)
+    theirs = engine.generate(prompts, max_tokens=20, temperature=0, seeds=seeds)
+    engine.close()
+    ours = TorchEngine(model, [2], 64).generate(prompts, max_tokens=20, temperature=0, seeds=seeds)
+    for (our,), (their,) in zip(ours, theirs, strict=True):
+        assert their.token_ids == our.token_ids
+        torch.testing.assert_close(torch.tensor(their.log_probs), torch.tensor(our.log_probs), atol=1e-4, rtol=0)

@@ -1,13 +1,15 @@
 """Command lines and output folders: one clear line and exit code 2, never a traceback."""
 
+import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from kaja.cli import check_range, prepare_output_dir, run
-from kaja.errors import UserError
-from kaja.files import read_json
+from kaja.cli import check_range, check_same_data, noticing_sigterm, prepare_output_dir, run
+from kaja.errors import Stopped, UserError
+from kaja.files import append_jsonl, read_json
 
 
 @dataclass(frozen=True)
@@ -86,3 +88,45 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         prepare_output_dir(str(tmp_path / "file" / "run"), Config(), resume=False)
+
+
+def test_sigterm_is_noticed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with noticing_sigterm() as received:
+        assert not received.is_set()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert received.wait(timeout=10)
+        assert signal.getsignal(signal.SIGTERM) == before  # a second one ends the process
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_stopped_run_has_the_exit_code_of_sigterm(capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(config: Config) -> None:
+        raise Stopped(3, 8)
+
+    assert run(stop, Config, []) == 143
+    assert capsys.readouterr().err == "SIGTERM: saved after step 3 of 8; go on with --resume auto\n"
+
+
+def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def fill(config: Config) -> None:
+        append_jsonl("/dev/full", [{"step": 1}])
+
+    assert run(fill, Config, []) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "No space left on device" in message and message.count("\n") == 1
+
+
+def test_other_errors_of_the_system_keep_their_traceback() -> None:
+    def fail(config: Config) -> None:
+        open("/none/such")
+
+    with pytest.raises(FileNotFoundError):
+        run(fail, Config, [])
+
+
+def test_a_resumed_run_must_see_the_same_data() -> None:
+    assert check_same_data({"step": 0}, 17) == 17
+    assert check_same_data({"step": 4, "data": 17}, 17) == 17
+    with pytest.raises(UserError, match="data: not what the checkpoint was trained on"):
+        check_same_data({"step": 4, "data": 18}, 17)

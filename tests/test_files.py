@@ -1,11 +1,14 @@
 """Files are whole or not there, and errors name the file and the line."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from kaja.errors import UserError
-from kaja.files import append_jsonl, read_json, read_jsonl, read_text, replacing, write_json, write_jsonl
+from kaja.files import (
+    append_jsonl, check_free_space, read_json, read_jsonl, read_text, replacing, write_json, write_jsonl,
+)  # fmt: skip
 
 
 def test_json_keeps_japanese_readable(tmp_path: Path) -> None:
@@ -64,3 +67,14 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         read_text(tmp_path / "none")
     with pytest.raises(UserError, match="is a folder"):
         read_text(tmp_path)
+
+
+def test_a_run_that_does_not_fit_the_disk_is_refused(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    check_free_space(tmp_path, free // 2, "the model")
+    with pytest.raises(UserError, match=r"GB free, but the run needs \d+\.\d GB there for the model and checkpoints"):
+        check_free_space(tmp_path, free * 2, "the model and checkpoints")
+    # What is there already needs no room again.
+    with (tmp_path / "old").open("wb") as file:
+        file.truncate(free * 2)  # sparse
+    check_free_space(tmp_path, free * 2, "the model")

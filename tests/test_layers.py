@@ -11,9 +11,9 @@ SCRIPTS = ("synth", "train_sft", "train_grpo", "judge")
 
 # A module may import lower layers and its own layer. A package counts as one module.
 LAYERS = {
-    0: ("errors", "loss", "model", "optim", "chat", "rubric"),
+    0: ("errors", "loss", "model", "optim", "flops", "chat", "rubric"),
     1: ("distributed", "tracking", "files", "cli"),
-    2: ("data", "batching", "checkpoint", "sampling", "sync", "engine"),
+    2: ("data", "batching", "checkpoint", "resume", "memory_plan", "dry_run", "sampling", "sync", "engine"),
     3: (
         "reward", "rollouts", "synthesis", "evals", "merge", "charts", "report",
         "demo", "demo_corpus", "demo_judge", "demo_pretrain", "demo_teacher",

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from kaja.files import read_jsonl
-from kaja.tracking import Stopwatch, Tracker
+from kaja.tracking import Stopwatch, Tracker, peak_memory_gib
 
 
 def test_rows_are_written_and_resumed(tmp_path: Path) -> None:
@@ -41,3 +42,16 @@ def test_a_stopwatch_adds_up_phases() -> None:
             pass
     assert set(watch.seconds) == {"seconds/generate", "seconds/update"}
     assert min(watch.seconds.values()) >= 0
+
+
+def test_what_is_no_number_is_null(tmp_path: Path) -> None:
+    with Tracker(tmp_path, total=1) as tracker:
+        tracker.log(1, {"loss": float("nan"), "grad_norm": float("inf"), "tokens": 7})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text == '{"step": 1, "loss": null, "grad_norm": null, "tokens": 7}\n'
+
+
+def test_peak_memory_of_a_process_is_its_high_water_mark() -> None:
+    status = Path("/proc/self/status").read_text()
+    high_water_kib = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    assert peak_memory_gib(torch.device("cpu")) == pytest.approx(high_water_kib / 2**20, rel=0.02)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, kill_after, make_model_folder, metrics_of, run_script
+from conftest import checkpoints_of, command, kill_after, make_model_folder, metrics_of, run_script
 from safetensors.torch import load_file
 
 import train_grpo
@@ -141,12 +141,16 @@ def test_two_ranks_sample_and_learn_the_same(
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, model_folder: Path, data_file: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.gloo)])
+def test_killed_and_resumed_equals_uninterrupted(
+    tmp_path: Path, model_folder: Path, data_file: Path, ranks: int
+) -> None:
     options = ("--max-steps", 15, "--save-every", 2)
-    assert grpo(model_folder, data_file, tmp_path / "whole", *options).returncode == 0
+    assert grpo(model_folder, data_file, tmp_path / "whole", *options, ranks=ranks).returncode == 0
     paths = ("--model", model_folder, "--data", data_file, "--output-dir", tmp_path / "killed")
-    kill_after(tmp_path / "killed", 5, command("train_grpo.py", *paths, *OPTIONS, *options))
-    again = grpo(model_folder, data_file, tmp_path / "killed", *options, "--resume", "auto")
+    kill_after(tmp_path / "killed", 7, command("train_grpo.py", *paths, *OPTIONS, *options, ranks=ranks))
+    assert checkpoints_of(tmp_path / "killed")  # there is one to go on from
+    again = grpo(model_folder, data_file, tmp_path / "killed", *options, "--resume", "auto", ranks=ranks)
     assert again.returncode == 0, again.stderr
     assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
     mine, theirs = (load_file(tmp_path / run / "hf/model.safetensors") for run in ("killed", "whole"))

@@ -1,14 +1,21 @@
 """train_sft.py as users launch it: it learns, ranks do not matter, a kill does not either, errors are one line."""
 
+import json
+import math
+import os
+import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import command, kill_after, make_model_folder, metrics_of, run_script
+from conftest import ROOT, checkpoints_of, command, kill_after, make_model_folder, metrics_of, run_script, wait_for_rows
 from safetensors.torch import load_file
 
+import train_sft
 from kaja.batching import batch_indices
+from kaja.chat import TokenSequence
 from kaja.checkpoint import load_chat
 from kaja.data import load_examples
 from kaja.optim import learning_rate_at
@@ -19,6 +26,13 @@ OPTIONS = ("--global-batch-size", 8, "--max-length", 128, "--learning-rate", 1e-
 def sft(model: Path, data: Path, output: Path, *options: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     paths = ("--model", model, "--data", data, "--output-dir", output)
     return run_script("train_sft.py", *paths, *OPTIONS, *options, ranks=ranks)
+
+
+def lengths_of(model: Path, data: Path) -> list[int]:
+    chat = load_chat(model)
+    return [len(chat.encode([
+        {"role": "user", "content": e.question}, {"role": "assistant", "content": e.reference}
+    ]).input_ids) for e in load_examples(str(data))]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +82,11 @@ def test_it_learns_at_the_planned_rate(finished: Path) -> None:
 
 @pytest.mark.gloo
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [(), ("--activation-checkpointing", "--cpu-offload")], ids=["plain", "all on"])
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--activation-checkpointing", "on", "--cpu-offload", "--reduce-every", "step")],
+    ids=["plain", "all on"],
+)
 def test_two_ranks_equal_one(
     tmp_path: Path, model_folder: Path, data_file: Path, finished: Path, options: tuple[str, ...]
 ) -> None:
@@ -106,6 +124,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert sft(model_folder, data_file, tmp_path / "whole", *options, ranks=ranks).returncode == 0
     paths = ("--model", model_folder, "--data", data_file, "--output-dir", tmp_path / "killed")
     kill_after(tmp_path / "killed", 8, command("train_sft.py", *paths, *OPTIONS, *options, ranks=ranks))
+    assert checkpoints_of(tmp_path / "killed")  # there is one to go on from
     again = sft(model_folder, data_file, tmp_path / "killed", *options)
     assert again.returncode != 0 and "is not empty" in again.stderr
     again = sft(model_folder, data_file, tmp_path / "killed", *options, "--resume", "auto", ranks=ranks)
@@ -113,6 +132,176 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
     files = [tmp_path / run / "hf/model.safetensors" for run in ("killed", "whole")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_every_row_says_how_the_step_went(finished: Path) -> None:
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row["padding_waste"] == 0.0 and row["skipped_steps"] == 0
+        assert 0 < row["mfu"] < 1.5  # of a measured matrix product, which may itself have been disturbed
+        assert 0.05 < row["peak_memory_gib"] < 24
+        # Accumulation: as few streams of 4 * 128 tokens as the batch's tokens need.
+        assert row["streams"] == -(-row["tokens"] // 512)
+
+
+def greedy(folder: Path, question: str, max_tokens: int) -> str:
+    """transformers' own greedy answer."""
+    from transformers import AutoModelForCausalLM
+
+    chat = load_chat(folder)
+    prompt = chat.encode_prompt([{"role": "user", "content": question}])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = model.generate(torch.tensor([prompt]), max_new_tokens=max_tokens, do_sample=False, pad_token_id=0)[0]
+    return chat.decode(ids[len(prompt):].tolist())
+
+
+def test_the_trained_model_answers_for_a_person_to_read(finished: Path, data_file: Path) -> None:
+    samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    examples = load_examples(str(data_file))[:4]
+    assert [s["question"] for s in samples] == [e.question for e in examples]
+    assert [s["reference"] for s in samples] == [e.reference for e in examples]
+    for sample in samples:
+        assert sample["completion"] == greedy(finished / "hf", sample["question"], 128)
+
+
+def test_the_held_out_loss_is_transformers_own(tmp_path: Path, model_folder: Path, data_file: Path) -> None:
+    """Mean over the tokens of all held-out answers, before and after; every two steps and at the end."""
+    from transformers import AutoModelForCausalLM
+
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(data_file.read_text(encoding="utf-8").splitlines(keepends=True)[:7]), encoding="utf-8")
+    options = ("--eval-data", held_out, "--eval-every", 2, "--learning-rate", 1e-3)
+    result = sft(model_folder, data_file, tmp_path / "run", *options)
+    assert result.returncode == 0, result.stderr
+    rows = metrics_of(tmp_path / "run")
+    assert [row["step"] for row in rows if "held_out_loss" in row] == [2, 4, 6, 7]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/hf", dtype=torch.float32)
+    chat = load_chat(model_folder)
+    total, count = 0.0, 0
+    for example in load_examples(str(held_out)):
+        sequence = chat.encode([
+            {"role": "user", "content": example.question}, {"role": "assistant", "content": example.reference}
+        ])  # fmt: skip
+        ids = torch.tensor([sequence.input_ids])
+        labels = ids.masked_fill(~torch.tensor([sequence.completion_mask]), -100)
+        total += model(ids, labels=labels).loss.item() * sequence.num_trained
+        count += sequence.num_trained
+    assert rows[-1]["held_out_loss"] == pytest.approx(total / count, rel=1e-5)
+    assert rows[-1]["held_out_loss"] < rows[1]["held_out_loss"]
+    samples = (tmp_path / "run/samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["id"] for line in samples] == ["0", "1", "2", "3"]
+
+
+def test_chunks_train_on_the_same_tokens_in_fewer_sequences(
+    tmp_path: Path, model_folder: Path, data_file: Path, finished: Path
+) -> None:
+    result = sft(model_folder, data_file, tmp_path / "run", "--batch-unit", "chunks")
+    assert result.returncode == 0, result.stderr
+    chunks, samples = metrics_of(tmp_path / "run"), metrics_of(finished)[:7]
+    assert sum(row["trained_tokens"] for row in chunks) == sum(row["trained_tokens"] for row in samples)
+    tokens = sum(row["tokens"] for row in samples) + 50 - 1  # each border between samples is a position too
+    assert sum(row["tokens"] for row in chunks) == tokens
+    assert len(chunks) == -(-(-(-tokens // 128)) // 8)
+    # Whole chunks, but for the last batch of the epoch and the batch that has the rest of the tokens.
+    assert sum(row["tokens"] != 8 * 128 for row in chunks) <= 2 < len(chunks)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch, data_file: Path, model_folder: Path) -> int:
+    """The index of a sample that makes the loss of its stream NaN."""
+    real, example = train_sft.loss_of, load_examples(str(data_file))[13]
+    messages = [{"role": "user", "content": example.question}, {"role": "assistant", "content": example.reference}]
+    bad = load_chat(model_folder).encode(messages).input_ids
+
+    def loss_of(stream: list[TokenSequence], *arguments: Any) -> torch.Tensor:
+        return real(stream, *arguments) * (math.nan if any(s.input_ids == bad for s in stream) else 1.0)
+
+    monkeypatch.setattr(train_sft, "loss_of", loss_of)
+    return 13
+
+
+def test_a_step_without_a_number_is_skipped_and_counted(
+    tmp_path: Path, model_folder: Path, data_file: Path, poisoned: int
+) -> None:
+    result = sft(model_folder, data_file, tmp_path / "run", "--epochs", 3)
+    assert result.returncode == 0, result.stderr
+    rows = metrics_of(tmp_path / "run")
+    bad_steps = [step for step in range(21) if poisoned in batch_indices(step, 50, 8, seed=0)]
+    assert [row["step"] - 1 for row in rows if row["loss"] is None] == bad_steps and len(bad_steps) == 3
+    assert [row["skipped_steps"] for row in rows] == [sum(bad <= step for bad in bad_steps) for step in range(21)]
+    skipped = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
+    assert [row["step"] - 1 for row in skipped] == bad_steps
+    assert all("test 13" in row["samples"] and len(row["samples"]) in (2, 8) for row in skipped)
+    losses = [row["loss"] for row in rows if row["loss"] is not None]
+    assert losses[-1] < losses[0]
+
+
+def test_skipped_steps_change_no_weight_and_have_a_limit(
+    tmp_path: Path, model_folder: Path, data_file: Path, poisoned: int
+) -> None:
+    options = ("--global-batch-size", 50, "--weight-decay", 0.1)  # every step has the bad sample
+    assert sft(model_folder, data_file, tmp_path / "five", *options, "--epochs", 5).returncode == 0
+    before, after = load_file(model_folder / "model.safetensors"), load_file(tmp_path / "five/hf/model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    result = sft(model_folder, data_file, tmp_path / "six", *options, "--epochs", 6)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "step 6: loss nan, gradient norm nan; 5 such steps are skipped, this is one more; its samples: test " in (
+        result.stderr
+    )
+    assert not (tmp_path / "six/hf").exists()
+
+
+def test_long_answers_are_dropped_on_demand(tmp_path: Path, model_folder: Path, data_file: Path) -> None:
+    result = sft(model_folder, data_file, tmp_path / "run", "--max-length", 40, "--too-long", "drop")
+    assert result.returncode == 0, result.stderr
+    lengths = lengths_of(model_folder, data_file)
+    kept = sum(length <= 40 for length in lengths)
+    assert 0 < kept < 50
+    assert f"{kept} samples, 0 with their answer cut at 40 tokens, {50 - kept} left out" in result.stderr
+    assert sum(row["tokens"] for row in metrics_of(tmp_path / "run")) == sum(n - 1 for n in lengths if n <= 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.gloo)])
+def test_sigterm_saves_and_the_run_goes_on_from_there(
+    tmp_path: Path, model_folder: Path, data_file: Path, ranks: int
+) -> None:
+    """Only one rank is told, as when a scheduler is sloppy: all of them stop after the same step."""
+    options, output = ("--epochs", 30), tmp_path / "run"
+    paths = ("--model", model_folder, "--data", data_file, "--output-dir", output)
+    process = subprocess.Popen(
+        command("train_sft.py", *paths, *OPTIONS, *options, ranks=ranks),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
+    )  # fmt: skip
+    wait_for_rows(output, 3, process)
+    told = process.pid if ranks == 1 else int(subprocess.check_output(["pgrep", "-P", str(process.pid)]).split()[-1])
+    os.kill(told, signal.SIGTERM)
+    _, stderr = process.communicate(timeout=120)
+    stopped = len(metrics_of(output))
+    assert 3 <= stopped < 210
+    assert f"SIGTERM: saved after step {stopped} of 210; go on with --resume auto" in stderr
+    assert process.returncode == 143 if ranks == 1 else process.returncode != 0
+    assert not (output / "hf").exists()
+    again = sft(model_folder, data_file, output, *options, "--resume", "auto")  # on one rank
+    assert again.returncode == 0, again.stderr
+    rows = metrics_of(output)
+    assert [row["step"] for row in rows] == list(range(1, 211))
+    if ranks == 1:
+        assert sft(model_folder, data_file, tmp_path / "whole", *options).returncode == 0
+        assert rows == metrics_of(tmp_path / "whole")
+
+
+def test_other_data_under_the_old_name_is_noticed(tmp_path: Path, model_folder: Path, data_file: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(data_file.read_bytes())
+    options = ("--save-every", 3, "--eval-data", data_file)
+    assert sft(model_folder, data, tmp_path / "run", *options).returncode == 0
+    moved = data.rename(tmp_path / "moved.jsonl")
+    assert sft(model_folder, moved, tmp_path / "run", *options, "--resume", "auto").returncode == 0
+    moved.write_text(data_file.read_text(encoding="utf-8").replace("質問7", "質問8"), encoding="utf-8")
+    result = sft(model_folder, moved, tmp_path / "run", *options, "--resume", "auto")
+    assert result.returncode == 2
+    assert "data: not what the checkpoint was trained on" in result.stderr
 
 
 def test_show_data_prints_and_trains_nothing(tmp_path: Path, model_folder: Path, data_file: Path) -> None:
@@ -125,9 +314,7 @@ def test_show_data_prints_and_trains_nothing(tmp_path: Path, model_folder: Path,
 def test_long_samples_are_cut_or_left_out_and_counted(tmp_path: Path, model_folder: Path, data_file: Path) -> None:
     result = sft(model_folder, data_file, tmp_path / "run", "--max-length", 40)
     assert result.returncode == 0, result.stderr
-    lengths = [len(load_chat(model_folder).encode([
-        {"role": "user", "content": e.question}, {"role": "assistant", "content": e.reference}
-    ]).input_ids) for e in load_examples(str(data_file))]  # fmt: skip
+    lengths = lengths_of(model_folder, data_file)
     cut = sum(length > 40 for length in lengths)
     assert 0 < cut < 50
     assert f"50 samples, {cut} with their answer cut at 40 tokens, 0 left out" in result.stderr
@@ -142,6 +329,10 @@ def test_long_samples_are_cut_or_left_out_and_counted(tmp_path: Path, model_fold
         (("--learning-rte", "1"), "--learning-rte"),
         (("--warmup-steps", "8"), "warmup_steps 8: must be at most 7"),
         (("--max-length", "5"), "max_length 5: leaves no sample an answer"),
+        (("--data",), "data: no training file; name at least one with --data"),
+        (("--eval-every", "2"), "eval_every 2: there is nothing to evaluate; name files with --eval-data"),
+        (("--replicas", "2"), "replicas 2 with 1 ranks: it must divide the number of ranks; nearest possible: 1"),
+        (("--batch-unit", "chunks", "--max-length", "300"), "max_length 300: the model's context is 256 tokens"),
     ],
 )
 def test_wrong_options_are_one_line(
