@@ -23,10 +23,11 @@ import tyro
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from kaja.files import write_json, write_jsonl
-from kaja.model import CausalLM, ModelConfig, init_weights
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from kaja.files import write_json, write_jsonl  # noqa: E402
+from kaja.model import CausalLM, ModelConfig, init_weights  # noqa: E402
+
 MODEL_A = {
     "model_type": "llama", "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6,
     "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5,
@@ -34,7 +35,7 @@ MODEL_A = {
 }  # fmt: skip
 VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": (),
-    "--save-every 1": ("--save-every", "1"),
+    "--save-every 2": ("--save-every", "2"),
     "--reduce-every step": ("--reduce-every", "step"),
     "--cpu-offload": ("--cpu-offload",),
 }

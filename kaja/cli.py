@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import fcntl
 import io
 import os
 import re
@@ -27,6 +28,7 @@ NOT_COMPARED = (
     "output_dir", "data", "eval_data", "eval_every", "resume", "save_every", "show_data", "dry_run", "world_size",
     "gpu_memory",
 )  # fmt: skip
+LOCK = ".lock"  # in the output folder, locked while a process works there
 # The file system's fault, not kaja's: full, over quota, read-only, or too large a file for it.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
@@ -134,19 +136,32 @@ def _claim_folder(folder: Path, config: dict[str, Any], resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; --output-dir must name a folder; choose another path")
     # config.json alone is a run that stopped before it began.
-    if folder.is_dir() and any(path.name != "config.json" for path in folder.iterdir()):
-        if not resume:
-            raise UserError(
-                f"{folder}: is not empty; a run never overwrites another; "
-                f"choose another --output-dir, or go on with --resume auto"
-            )
-        if (folder / "config.json").exists():
-            _check_same_config(read_json(folder / "config.json"), config, folder)
+    used = folder.is_dir() and any(path.name not in ("config.json", LOCK) for path in folder.iterdir())
+    if used and not resume:
+        raise UserError(
+            f"{folder}: is not empty; a run never overwrites another; "
+            f"choose another --output-dir, or go on with --resume auto"
+        )
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _lock(folder)
+        if used and (folder / "config.json").exists():
+            _check_same_config(read_json(folder / "config.json"), config, folder)
         write_json(folder / "config.json", config)
     except OSError as error:
         reason = os.strerror(error.errno or 0)
         raise UserError(f"{folder}: cannot be written ({reason}); choose a writable --output-dir") from None
+
+
+def _lock(folder: Path) -> None:
+    """Hold the folder until this process ends, however it ends; UserError if another process holds it."""
+    descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_WRONLY)  # left open: closing it would let go
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{folder}: another process is running in it; wait for it, or choose another --output-dir"
+        ) from None
 
 
 def _check_same_config(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:

@@ -2,10 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from kaja.cli import check_range, check_same_data, noticing_sigterm, prepare_output_dir, run
 from kaja.errors import Stopped, UserError
@@ -88,6 +91,31 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         prepare_output_dir(str(tmp_path / "file" / "run"), Config(), resume=False)
+
+
+HOLDER = """
+import sys, time
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+from kaja.cli import prepare_output_dir
+from test_cli import Config
+prepare_output_dir(sys.argv[2], Config(), resume=True)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_in_use_is_refused_until_its_process_is_gone(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(ROOT), str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    for resume in (False, True):
+        with pytest.raises(UserError, match="run: another process is running in it"):
+            prepare_output_dir(str(tmp_path / "run"), Config(), resume=resume)
+    holder.kill()
+    holder.wait()
+    prepare_output_dir(str(tmp_path / "run"), Config(), resume=False)
+    prepare_output_dir(str(tmp_path / "run"), Config(), resume=True)  # our own lock is no hindrance
 
 
 def test_sigterm_is_noticed_once(capsys: pytest.CaptureFixture[str]) -> None:
