@@ -17,6 +17,7 @@ The defaults are the recipe of Team Kaja: 1 epoch, cosine 1e-5 -> 1e-7, batches 
 for GPUs, `train_sft.py --dry-run --world-size 8 --gpu-memory 80` prints what fits.
 """
 
+import gc
 import math
 import sys
 import time
@@ -27,8 +28,7 @@ from typing import Any, Literal
 import torch
 
 from kaja.batching import (
-    batch_indices, check_batch_size, cut_into_chunks, fingerprint, pack, plan_streams, steps_per_epoch,
-    without_training,
+    batch_indices, check_batch_size, cut_into_chunks, filler, fingerprint, pack, plan_streams, steps_per_epoch,
 )  # fmt: skip
 from kaja.chat import Chat, Message, TokenSequence
 from kaja.checkpoint import load_chat, load_model, resolve_model, save_model
@@ -48,7 +48,7 @@ from kaja.memory_plan import Settings
 from kaja.model import CausalLM, ModelConfig
 from kaja.optim import is_due, learning_rate_at, parameter_groups, set_learning_rate
 from kaja.resume import CheckpointWriter, check_room, resume_checkpoint
-from kaja.tracking import Tracker, peak_memory_gib
+from kaja.tracking import Tracker, complete_rows, peak_memory_gib
 
 MAX_SKIPPED_STEPS = 5  # in a whole run; more than a few are no accident
 NUM_SAMPLES, SAMPLE_TOKENS = 4, 128  # answered at the end, for a person to read
@@ -103,7 +103,7 @@ class Config:
     eval_every: int = 0
     """Steps between held-out losses; 0: at the end only."""
     save_every: int = 0
-    """Steps between checkpoints to resume from, the last two are kept; 0: none but at a SIGTERM."""
+    """Steps between checkpoints to resume from, the last two are kept; 0: only at a SIGTERM, so a crash loses all."""
     resume: Literal["never", "auto"] = "never"
     """auto: go on from the newest checkpoint in output_dir, if there is one."""
     seed: int = 0
@@ -175,11 +175,12 @@ def main(config: Config) -> None:
     train(model, optimizer, data, total_steps, config, output_dir, ranks)
 
     save_model(model, output_dir / "hf", source, ranks)
+    teardown()
     if ranks.is_main:
         del model, optimizer, groups  # their memory is for the trained model, loaded as its users will
+        gc.collect()  # FSDP's modules refer to each other in circles
         write_samples(output_dir, chat, data.shown, ranks)
         print(f"{output_dir}: the model is in hf/, four of its answers in samples.jsonl", file=sys.stderr)
-    teardown()
 
 
 def train(
@@ -189,6 +190,9 @@ def train(
     """The loop: from the newest checkpoint, or the beginning, to the last step."""
     state = resume_checkpoint(output_dir, model, optimizer, ranks)
     data_fingerprint = check_same_data(state, fingerprint(sequence.input_ids for sequence in data.sequences))
+    skipped_log = output_dir / "skipped.jsonl"
+    if ranks.is_main and skipped_log.exists():
+        write_jsonl(skipped_log, complete_rows(skipped_log, state["step"]))
     skipped, peak = state.get("skipped_steps", 0), peak_flops(ranks.device) * ranks.world_size
     shown = ("loss", "tokens_per_second", "mfu")
     with (
@@ -264,10 +268,10 @@ def held_out_loss(model: CausalLM, sequences: list[TokenSequence], config: Confi
 
 
 def my_streams(batch: list[TokenSequence], config: Config, width: int, ranks: Ranks) -> list[list[TokenSequence]]:
-    """This rank's streams of a global batch; a rank without a sequence gets one that trains nothing."""
+    """This rank's streams of a global batch; one without a sequence gets one that trains nothing."""
     plan = plan_streams(lengths_of(batch), ranks.world_size, config.micro_batch_size * config.max_length, width)
     streams = [[batch[index] for index in stream] for stream in plan[ranks.rank]]
-    return [stream or [without_training(batch[0])] for stream in streams]
+    return [stream or [filler(batch)] for stream in streams]
 
 
 def lengths_of(sequences: list[TokenSequence]) -> list[int]:

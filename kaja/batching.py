@@ -8,7 +8,9 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,9 +53,10 @@ def pack(sequences: Sequence[TokenSequence]) -> Batch:
     )
 
 
-def without_training(sequence: TokenSequence) -> TokenSequence:
-    """The same tokens with nothing trained on: filler for a rank that has no sequence of its own."""
-    return TokenSequence(sequence.input_ids, [False] * len(sequence.completion_mask))
+def filler(sequences: Sequence[TokenSequence]) -> TokenSequence:
+    """The shortest of the sequences with nothing trained on: for a stream that has none of its own."""
+    shortest = min(sequences, key=lambda sequence: len(sequence.input_ids))
+    return TokenSequence(shortest.input_ids, [False] * len(shortest.completion_mask))
 
 
 def cut_into_chunks(sequences: Sequence[TokenSequence], length: int, seed: int) -> list[TokenSequence]:
@@ -104,8 +107,8 @@ def plan_streams(lengths: Sequence[int], world_size: int, max_tokens: int, width
             with n, attention with n^2, and they meet at n = 12 width.
 
     Returns:
-        plan[rank][stream] = indices into `lengths`, each index exactly once. A stream is empty only
-        where there are fewer sequences than ranks.
+        plan[rank][stream] = indices into `lengths`, each index exactly once. A stream is empty where there
+        are fewer sequences than streams.
     """
     if max(lengths) > max_tokens:
         raise ValueError(f"a sequence of {max(lengths)} tokens does not fit a stream of {max_tokens}")
@@ -138,6 +141,43 @@ def _fill(
 
 def steps_per_epoch(num_samples: int, batch_size: int) -> int:
     return -(-num_samples // batch_size)
+
+
+def stream_quotas(weights: dict[str, float], batch_size: int) -> dict[str, int]:
+    """How many of a batch each stream gets: its share by weight, rounded so that they add up (largest remainders)."""
+    total = sum(weights.values())
+    shares = {name: batch_size * weight / total for name, weight in weights.items()}
+    quotas = {name: int(share) for name, share in shares.items()}
+    by_remainder = sorted(weights, key=lambda name: quotas[name] - shares[name])
+    for name in by_remainder[: batch_size - sum(quotas.values())]:
+        quotas[name] += 1
+    return quotas
+
+
+def mixed_indices(step: int, members: dict[str, list[int]], quotas: dict[str, int], seed: int) -> list[int]:
+    """The samples of global step `step` where each stream has a fixed share of every batch.
+
+    Each stream runs through permutations of its own members, one after the other: within a stream every
+    sample is seen once before any is seen again.
+    """
+    chosen = []
+    for number, (name, quota) in enumerate(quotas.items()):
+        count = len(members[name])
+        for position in range(step * quota, (step + 1) * quota):
+            epoch, place = divmod(position, count)
+            chosen.append(members[name][_permutation(count, seed * 1_000_003 + epoch, number)[place]])
+    return chosen
+
+
+def fresh_indices(step: int, draw: int, num_samples: int, count: int, used: set[int], seed: int) -> list[int]:
+    """At most `count` samples that the step has not used yet, for its `draw`-th try at groups with spread."""
+    order = _permutation(num_samples, (seed * 1_000_003 + step) * 1_000_003 + draw)
+    return [index for index in order if index not in used][:count]
+
+
+@lru_cache(maxsize=64)
+def _permutation(count: int, *seed: int) -> list[int]:
+    return np.random.default_rng(seed).permutation(count).tolist()
 
 
 def batch_indices(step: int, num_samples: int, batch_size: int, seed: int) -> list[int]:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from kaja.distributed import Ranks, barrier
+from kaja.distributed import Ranks, on_main
 from kaja.errors import Stopped, UserError
 from kaja.files import read_json, write_json
 
@@ -26,7 +26,7 @@ ConfigT = TypeVar("ConfigT")
 # Fields that may differ between a run and its resumption: they do not change what is computed.
 NOT_COMPARED = (
     "output_dir", "data", "eval_data", "eval_every", "resume", "save_every", "show_data", "dry_run", "world_size",
-    "gpu_memory",
+    "gpu_memory", "activation_checkpointing", "cpu_offload", "reduce_every", "compile", "replicas",
 )  # fmt: skip
 LOCK = ".lock"  # in the output folder, locked while a process works there
 # The file system's fault, not kaja's: full, over quota, read-only, or too large a file for it.
@@ -46,7 +46,8 @@ def run(main: Callable[[ConfigT], None], config_class: type[ConfigT], argv: Sequ
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # all ranks stop after the same step
+            print(stopped, file=sys.stderr)
         return 128 + signal.SIGTERM
     except OSError as error:
         if error.errno not in DISK_ERRORS:
@@ -67,8 +68,7 @@ def noticing_sigterm() -> Iterator[threading.Event]:
     received = threading.Event()
 
     def notice(number: int, frame: FrameType | None) -> None:
-        received.set()
-        signal.signal(signal.SIGTERM, previous)  # a second one is in earnest
+        received.set()  # more of them change nothing: a scheduler's reaches each rank, and torchrun passes its own on
 
     previous = signal.signal(signal.SIGTERM, notice)
     try:
@@ -124,9 +124,11 @@ def prepare_output_dir(output_dir: str, config: Any, *, resume: bool, ranks: Ran
     agree with `config` in every field that changes what is computed.
     """
     folder = Path(output_dir)
-    if ranks is None or ranks.is_main:
-        _claim_folder(folder, dataclasses.asdict(config), resume)
-    barrier()
+    fields = dataclasses.asdict(config)
+    if ranks is None:
+        _claim_folder(folder, fields, resume)
+    else:
+        on_main(lambda: _claim_folder(folder, fields, resume), ranks)
     if not folder.is_dir():
         raise UserError(f"{folder}: rank 0 made it, but this node does not see it; all nodes must share --output-dir")
     return folder

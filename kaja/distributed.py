@@ -5,7 +5,7 @@ CPU). Every function here does the right thing for both, so the loops never ask.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -52,7 +52,7 @@ def setup() -> Ranks:
 
 
 def teardown() -> None:
-    # A group of one rank is vLLM's own, and its next engine in this process needs it.
+    # A group of one rank is vLLM's, whose next engine in this process needs it, or ends with the process.
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.destroy_process_group()
 
@@ -187,6 +187,13 @@ def named_shards(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield name.replace("_checkpoint_wrapped_module.", ""), parameter
 
 
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """The weights of one model into another that is laid over the ranks in the same way."""
+    for (_, theirs), (_, own) in zip(named_shards(source), named_shards(target), strict=True):
+        own.copy_(theirs)
+
+
 def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, whole tensor) of the state dict, gathered one at a time; every rank must exhaust it."""
     for name, tensor in model.state_dict().items():
@@ -218,6 +225,18 @@ def reduce_stats(stats: dict[str, Tensor], ranks: Ranks) -> dict[str, float]:
                 dist.all_reduce(packed, operation)
                 values.update(zip(chosen, packed))
     return {name: float(values[name]) for name in names}
+
+
+def on_main(action: Callable[[], None], ranks: Ranks) -> None:
+    """Call it on rank 0. Where it raises UserError, the other ranks end too, and leave the talking to rank 0."""
+    failure: UserError | None = None
+    if ranks.is_main:
+        try:
+            action()
+        except UserError as error:
+            failure = error
+    if any(gather_shares([failure is not None], ranks)):
+        raise failure or SystemExit(2)
 
 
 def my_share(items: list[ItemT], ranks: Ranks) -> list[ItemT]:

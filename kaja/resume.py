@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from kaja.checkpoint import file_dtype, move_folder, write_tensors
-from kaja.distributed import Ranks, named_shards
+from kaja.distributed import Ranks, gather_shares, named_shards, on_main
 from kaja.errors import UserError
 from kaja.files import check_free_space, read_json, write_json
 from kaja.model import CausalLM, ModelConfig
@@ -62,10 +62,16 @@ class CheckpointWriter:
                 shutil.rmtree(leftover, ignore_errors=True)
         self._group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, **counters: int) -> None:
-        """Begin to write checkpoints/step_XXXXXX; `counters` is what else the run needs to go on."""
+    def save(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, reference: nn.Module | None = None,
+        **counters: int,
+    ) -> None:  # fmt: skip
+        """Begin to write checkpoints/step_XXXXXX.
+
+        reference: a second model whose weights change during the run. counters: what else it needs to go on.
+        """
         self._wait()
-        tensors = _training_tensors(model, optimizer)
+        tensors = _training_tensors(model, optimizer, reference)
         if tensors.keys() == self._copies.keys():
             for name, tensor in tensors.items():
                 self._copies[name].copy_(tensor)
@@ -107,7 +113,7 @@ class CheckpointWriter:
             for old in _checkpoints(self.output_dir)[: -self.keep]:
                 half_removed = old.with_name(f".{old.name}.tmp")
                 old.rename(half_removed)
-                shutil.rmtree(half_removed)
+                shutil.rmtree(half_removed, ignore_errors=True)  # the next run removes what stays
 
         writer = _Writer(temporary, publish)
         try:
@@ -140,14 +146,12 @@ def check_room(output_dir: Path, config: ModelConfig, ranks: Ranks, *, checkpoin
     """UserError if the disk of output_dir cannot hold the trained model and, with `checkpoints`, those too.
 
     The model's file has 2 bytes a parameter (4 on a CPU); a checkpoint 12, and there may be three: two that
-    are kept and one being written.
+    are kept and one being written. Without `checkpoints` SIGTERM may still ask for one.
     """
-    if not ranks.is_main:
-        return
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in CausalLM(config).parameters())
-    needed = count * (file_dtype(ranks).itemsize + (3 * 12 if checkpoints else 0))
-    check_free_space(output_dir, needed, "the model and its checkpoints" if checkpoints else "the model")
+    needed = count * (file_dtype(ranks).itemsize + 12 * (3 if checkpoints else 1))
+    on_main(lambda: check_free_space(output_dir, needed, "the model and checkpoints"), ranks)
 
 
 class _Writer(HuggingFaceStorageWriter):
@@ -185,13 +189,20 @@ class _Writer(HuggingFaceStorageWriter):
 
 
 def resume_checkpoint(
-    output_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
-) -> dict[str, int]:
+    output_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks,
+    reference: nn.Module | None = None,
+) -> dict[str, int]:  # fmt: skip
     """Load the newest checkpoint into model and optimiser; return its step and counters, {"step": 0} without one.
 
     The number of ranks and the sharding may differ from those of the run that saved it.
     """
     checkpoints = _checkpoints(output_dir)
+    newest = set(gather_shares([checkpoints[-1].name if checkpoints else "none"], ranks))
+    if len(newest) > 1:  # a network file system that is behind
+        raise UserError(
+            f"{output_dir}/checkpoints: the newest is not the same on all nodes ({', '.join(sorted(newest))}); "
+            f"they must share the folder; start again in a minute"
+        )
     if not checkpoints:
         return {"step": 0}
     folder = checkpoints[-1]
@@ -202,7 +213,7 @@ def resume_checkpoint(
     _prime_optimizer(optimizer, state["optimizer_steps"])
     reader = HuggingFaceStorageReader(str(folder))
     try:
-        dcp.load(_training_tensors(model, optimizer), storage_reader=reader, no_dist=ranks.world_size == 1)
+        dcp.load(_training_tensors(model, optimizer, reference), storage_reader=reader, no_dist=ranks.world_size == 1)
     except CheckpointException as error:
         raise UserError(
             f"{folder}: cannot be loaded into this model ({_cause(error)}); go on with the model it was saved from, "
@@ -240,7 +251,9 @@ def _cause(error: BaseException) -> BaseException:
     return error.failures[min(error.failures)][0] if isinstance(error, CheckpointException) else error
 
 
-def _training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _training_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, reference: nn.Module | None
+) -> dict[str, Tensor]:
     """Parameters and both AdamW moments under one flat naming; loading writes into these very tensors."""
     tensors = {}
     for name, parameter in named_shards(model):
@@ -249,6 +262,8 @@ def _training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
         for moment in ("exp_avg", "exp_avg_sq"):
             if moment in state:
                 tensors[f"{moment}.{name}"] = state[moment]
+    for name, parameter in named_shards(reference) if reference is not None else ():
+        tensors[f"reference.{name}"] = parameter.detach()
     return tensors
 
 

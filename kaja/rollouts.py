@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kaja.batching import Batch, pack, plan_streams, without_training
+from kaja.batching import Batch, filler, pack, plan_streams
 from kaja.chat import TokenSequence
 from kaja.data import Example
 from kaja.distributed import Ranks
@@ -67,7 +67,7 @@ def micro_batches(
     plan = plan_streams([len(s.input_ids) - 1 for s in sequences], ranks.world_size, max_tokens, width)
     made = []
     for chosen in plan[ranks.rank]:
-        packed = [sequences[index] for index in chosen] or [without_training(sequences[0])]
+        packed = [sequences[index] for index in chosen] or [filler(sequences)]
         stream = pack(packed).to(ranks.device)
         of_tokens = torch.tensor([advantages[index] for index in chosen] or [0.0], device=ranks.device)
         sampled = torch.zeros(len(stream.labels), device=ranks.device)
@@ -75,6 +75,15 @@ def micro_batches(
         sampled[stream.completion_mask] = torch.tensor(values, device=ranks.device)
         made.append(MicroBatch(stream, of_tokens[stream.sequence_ids], sampled))
     return made
+
+
+def throughput(rollouts: Sequence[Rollout], seconds: dict[str, float]) -> dict[str, float]:
+    """Tokens per second of the phases, all ranks together: new ones in generation, whole sequences elsewhere."""
+    new = sum(rollout.length for rollout in rollouts)
+    whole = new + sum(len(rollout.prompt_ids) for rollout in rollouts)
+    tokens = {"generate": new, "log_probs": whole, "update": whole}
+    phases = {phase: seconds.get(f"seconds/{phase}", 0.0) for phase in tokens}
+    return {f"tokens_per_second/{phase}": tokens[phase] / phases[phase] for phase in tokens if phases[phase] > 0}
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from kaja.batching import Batch, pack, plan_streams, without_training
+from kaja.batching import Batch, filler, pack, plan_streams
 from kaja.chat import TokenSequence
 from kaja.distributed import (
     Ranks, Sharding, apply_fsdp, clip_gradients, full_tensors, make_mesh, named_shards, reduce_gradients,
@@ -117,7 +117,7 @@ def add_gradients(
     num_trained = sum(sequence.num_trained for sequence in batch)
     lengths = [len(sequence.input_ids) - 1 for sequence in batch]
     plan = plan_streams(lengths, ranks.world_size, case.max_tokens, case.config.hidden_size)
-    streams = [[batch[i] for i in stream] or [without_training(batch[0])] for stream in plan[ranks.rank]]
+    streams = [[batch[i] for i in stream] or [filler(batch)] for stream in plan[ranks.rank]]
     loss_sum = torch.zeros(())
     for number, stream in enumerate(streams, start=1):
         reduce_gradients(model, every=case.every, last=number == len(streams))

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kaja.batching import (
-    batch_indices, check_batch_size, cut_into_chunks, fingerprint, pack, plan_streams, steps_per_epoch,
-    without_training,
+    batch_indices, check_batch_size, cut_into_chunks, filler, fingerprint, fresh_indices, mixed_indices, pack,
+    plan_streams, steps_per_epoch, stream_quotas,
 )  # fmt: skip
 from kaja.chat import TokenSequence
 from kaja.errors import UserError
@@ -31,8 +31,9 @@ def test_a_lone_token_has_nothing_to_predict() -> None:
 
 
 def test_filler_trains_nothing() -> None:
-    filler = without_training(TokenSequence([1, 2, 3], [False, True, True]))
-    assert not pack([filler]).completion_mask.any()
+    chosen = filler([TokenSequence([1, 2, 3, 4], [False, True, True, True]), TokenSequence([5, 6], [False, True])])
+    assert chosen.input_ids == [5, 6]  # the shortest: it costs least
+    assert not pack([chosen]).completion_mask.any()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 8])
@@ -116,3 +117,34 @@ def test_a_batch_smaller_than_the_number_of_ranks_is_refused() -> None:
     check_batch_size(256, 6)  # nothing has to divide: streams are planned for each batch
     with pytest.raises(UserError, match=r"global_batch_size 4 with 8 ranks: .* --global-batch-size 8, or 4 ranks"):
         check_batch_size(4, 8)
+
+
+def test_quotas_add_up_and_follow_the_weights() -> None:
+    assert stream_quotas({"safety": 2, "borderline": 1, "helpfulness": 1}, 64) == {
+        "safety": 32, "borderline": 16, "helpfulness": 16
+    }  # fmt: skip
+    # 10 * (1/2, 1/3, 1/6) = 5, 3.33, 1.67: the largest remainder is rounded up.
+    assert stream_quotas({"a": 3, "b": 2, "c": 1}, 10) == {"a": 5, "b": 3, "c": 2}
+    assert stream_quotas({"a": 1.0}, 7) == {"a": 7}
+
+
+def test_mixed_batches_have_their_shares_and_see_each_sample_once_before_any_twice() -> None:
+    members = {"a": [0, 2, 4, 6, 8], "b": [1, 3, 5]}
+    batches = [mixed_indices(step, members, {"a": 2, "b": 1}, seed=4) for step in range(15)]
+    for batch in batches:
+        assert [index % 2 for index in batch] == [0, 0, 1]
+    drawn = {name: [i for batch in batches for i in batch if i in own] for name, own in members.items()}
+    for name, own in members.items():
+        rounds = [drawn[name][start : start + len(own)] for start in range(0, len(drawn[name]), len(own))]
+        assert all(sorted(one) == own for one in rounds)
+        assert len({tuple(one) for one in rounds}) > 1  # in a new order each time
+    assert batches != [mixed_indices(step, members, {"a": 2, "b": 1}, seed=5) for step in range(15)]
+
+
+def test_fresh_samples_are_unused_and_differ_by_draw() -> None:
+    used = {1, 5, 7}
+    first = fresh_indices(3, 1, 20, 4, used, seed=0)
+    assert len(set(first)) == 4 and not used & set(first)
+    assert first == fresh_indices(3, 1, 20, 4, used, seed=0)
+    assert len({tuple(fresh_indices(step, draw, 20, 4, used, 0)) for step in range(3) for draw in (1, 2)}) == 6
+    assert fresh_indices(0, 1, 4, 3, {0, 2, 3}, seed=0) == [1]  # no more than there are

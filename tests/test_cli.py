@@ -118,13 +118,13 @@ def test_a_folder_in_use_is_refused_until_its_process_is_gone(tmp_path: Path) ->
     prepare_output_dir(str(tmp_path / "run"), Config(), resume=True)  # our own lock is no hindrance
 
 
-def test_sigterm_is_noticed_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_sigterm_is_noticed_however_often_it_comes(capsys: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with noticing_sigterm() as received:
         assert not received.is_set()
         os.kill(os.getpid(), signal.SIGTERM)
         assert received.wait(timeout=10)
-        assert signal.getsignal(signal.SIGTERM) == before  # a second one ends the process
+        os.kill(os.getpid(), signal.SIGTERM)  # from torchrun, after the scheduler's own
     assert signal.getsignal(signal.SIGTERM) == before
 
 
