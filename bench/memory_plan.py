@@ -1,6 +1,6 @@
 """Memory of every llm-jp-3 model on 8 GPUs, and the plan's formulas against torch's memory tracker.
 
-1. A table in Markdown: peak per GPU (margin included) and host memory, for the README.
+1. A table in Markdown: peak per GPU (margin included) and host memory, for the README; and one for GRPO.
 2. plan_memory against simulate_memory: relative error and seconds, for 13B and smaller models in several settings.
 
     OMP_NUM_THREADS=1 python bench/memory_plan.py
@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from kaja.dry_run import LADDER, fits, model_config_of  # noqa: E402
+from kaja.dry_run import ELYZA_JUDGE, LADDER, fits, model_config_of  # noqa: E402
+from kaja.grpo_plan import GRPOSettings, plan_grpo  # noqa: E402
 from kaja.memory_plan import GIB, Settings, parameter_count, plan_memory, simulate_memory  # noqa: E402
 
 PLAIN = Settings()
@@ -51,6 +52,22 @@ def ladder() -> None:
         print(f"| {size} | {parameter_count(config) / 1e9:.2f}B | {' | '.join(cells)} | {host:.0f} |")
 
 
+def grpo() -> None:
+    """Peaks without keys and values, by which engines sleep, and how many completions the rest holds."""
+    print("\n| GRPO, GiB per GPU, 8 x 80 GB | no engine sleeps | the policy's | both | completions at a time |")
+    print(f"|---|{'---|' * 4}")
+    for size in LADDER:
+        config, cells = model_config_of(f"llm-jp/llm-jp-3-{size}"), []
+        for sleep in ("none", "policy", "both"):
+            plan = plan_grpo(config, ELYZA_JUDGE, GRPOSettings(sleep=sleep), 80)
+            least = max(phase.peak - phase.keys_values for phase in plan.phases.values()) / GIB
+            cells.append(f"{least:.1f}{'' if plan.fits else ' (over 80 GB)'}")
+            at_a_time = f"{plan.policy.at_a_time} of {plan.policy.sequences}"
+            if sleep == "policy":
+                held = at_a_time
+        print(f"| {size} | {' | '.join(cells)} | {held}, {at_a_time} |")
+
+
 def comparison() -> None:
     print(f"\n{'model':6}{'GPUs':>6}{'copies':>8}{'micro':>7}  {'checkpointing':15}{'reduced every':15}", end="")
     print(f"{'formula':>9}{'simulated':>11}{'error':>8}{'seconds':>9}")
@@ -68,4 +85,5 @@ def comparison() -> None:
 
 if __name__ == "__main__":
     ladder()
+    grpo()
     comparison()

@@ -34,6 +34,7 @@ class RuleJudge:
     """Scores a completion by rules, from the question and the completion alone; deterministic."""
 
     name = "rule"
+    concurrent = True
 
     def judge(self, examples: Sequence[Example], completions: Sequence[str]) -> list[Verdict]:
         return [

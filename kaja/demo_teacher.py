@@ -9,6 +9,7 @@ teacher's would be: the filters of synth.py have something to do.
 import random
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 
@@ -48,8 +49,8 @@ class ScriptedTeacher:
         *,
         group_size: int = 1,
         max_tokens: int,
-        temperature: float = 1.0,
         seeds: list[int],
+        **sampling: Any,  # means nothing to a script
     ) -> list[list[Completion]]:
         texts = [self.chat.decode(prompt) for prompt in prompts]
         return [

@@ -174,15 +174,16 @@ def reduce_gradients(model: nn.Module, *, every: bool, last: bool) -> None:
         model.set_requires_all_reduce(last)
 
 
-def named_shards(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(Hugging Face name, this rank's shard) of every parameter, as the optimiser knows them.
-
-    After a forward without a backward FSDP leaves the root's parameters whole, and named_parameters()
-    would show those instead.
-    """
+def reshard(model: nn.Module) -> None:
+    """Give back what FSDP still holds whole: after a forward without a backward the root's parameters."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def named_shards(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(Hugging Face name, this rank's shard) of every parameter, as the optimiser knows them."""
+    reshard(model)  # or named_parameters() would show what is whole
     for name, parameter in model.named_parameters():
         yield name.replace("_checkpoint_wrapped_module.", ""), parameter
 

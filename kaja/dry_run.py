@@ -1,7 +1,7 @@
-"""`train_sft.py --dry-run`: what a run will need, as text, before anyone pays for GPUs.
+"""--dry-run of train_sft.py and train_grpo.py: what a run will need, as text, before anyone pays for GPUs.
 
-The memory comes from kaja/memory_plan.py. Tokens per second are an estimate from stated assumptions, good for
-comparing settings and for ordering machines, no better.
+The memory comes from kaja/memory_plan.py and kaja/grpo_plan.py. Tokens per second are an estimate
+from stated assumptions, good for comparing settings and for ordering machines, no better.
 """
 
 import multiprocessing
@@ -11,6 +11,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from textwrap import fill
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
@@ -18,9 +20,10 @@ from huggingface_hub.errors import HFValidationError
 from kaja.errors import UserError
 from kaja.files import read_json
 from kaja.flops import PEAK_TFLOPS, train_flops
+from kaja.grpo_plan import GRPOPlan, GRPOSettings, Sleep, plan_grpo, quantization_of
 from kaja.memory_plan import (
     FLOAT32, GIB, GPUS_PER_NODE, REDUCE_EVERY, MemoryPlan, Settings, SimulatedMemory, parameter_count, plan_memory,
-    simulate_memory,
+    simulate_memory, usable_bytes,
 )  # fmt: skip
 from kaja.model import ModelConfig
 
@@ -34,18 +37,36 @@ LADDER = {
     "150m": (12, 512, 2048, 8), "440m": (16, 1024, 3584, 8), "980m": (20, 1536, 5376, 8), "1.8b": (24, 2048, 7168, 16),
     "3.7b": (28, 3072, 8192, 24), "7.2b": (32, 4096, 11008, 32), "13b": (40, 5120, 13824, 40),
 }  # fmt: skip
+# The recipe's judge: Llama 3 8B, its blocks in 4 bits.
+ELYZA_JUDGE: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+    "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True},
+}  # fmt: skip
+
+
+def judge_config_of(name: str) -> dict[str, Any] | None:
+    """config.json of a judge: a local folder, a hub id, the recipe's (known offline); None for `rule`."""
+    if name == "rule":
+        return None
+    return ELYZA_JUDGE if name == "elyza/Llama-3-ELYZA-JP-8B-AWQ" and not Path(name).exists() else _read_config(name)
 
 
 def model_config_of(name: str) -> ModelConfig:
     """The shape of a model without its weights: a local folder, a hub id, or an llm-jp-3 model (known offline)."""
-    folder = Path(name)
-    if folder.is_dir():
-        return ModelConfig.from_hf(read_json(folder / "config.json"))
     known = re.fullmatch(r"llm-jp/llm-jp-3-([0-9.]+[mb])(-.*)?", name)
-    if known and known[1] in LADDER:
+    if known and known[1] in LADDER and not Path(name).is_dir():
         layers, width, inner, heads = LADDER[known[1]]
         rope = {"rope_type": "default", "rope_theta": 10000.0}
         return ModelConfig(99584, width, inner, layers, heads, heads, width // heads, 4096, 1e-5, rope)
+    return ModelConfig.from_hf(_read_config(name))
+
+
+def _read_config(name: str) -> dict[str, Any]:
+    folder = Path(name)
+    if folder.is_dir():
+        return read_json(folder / "config.json")
     if folder.exists() or name.startswith((".", "/")) or name.count("/") != 1:
         raise UserError(f"{name}: no such model folder; give an existing folder or a hub id like owner/name")
     try:
@@ -53,7 +74,7 @@ def model_config_of(name: str) -> ModelConfig:
     except (OSError, HFValidationError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{name}: no config.json on the hub ({reason}); check the name and the network") from None
-    return ModelConfig.from_hf(read_json(path))
+    return read_json(path)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -61,7 +82,8 @@ def model_config_of(name: str) -> ModelConfig:
 # ---------------------------------------------------------------------------------------------------
 
 MFU = 0.40  # with activation checkpointing, as llm-foundry publishes for 13B; see kaja/flops.py for the counting
-PCIE_BYTES_PER_SECOND = 25e9  # per GPU
+PCIE_BYTES_PER_SECOND = 25e9  # per GPU, pinned memory
+PAGEABLE_BYTES_PER_SECOND = 5e9  # the same into memory that is not pinned
 HOST_BYTES_PER_SECOND = 200e9  # memory of a node
 
 
@@ -79,7 +101,8 @@ def tokens_per_second(config: ModelConfig, settings: Settings, peak: float) -> f
         on_node = shard * min(GPUS_PER_NODE, settings.world_size)
         micro_batches = max(1, settings.global_batch_size // (settings.world_size * settings.micro_batch_size))
         reductions = micro_batches if settings.reduce_every == "micro-batch" else 1
-        transfer = reductions * FLOAT32 * shard / PCIE_BYTES_PER_SECOND
+        # FSDP2 copies into pinned memory only where there is no gradient yet to add to.
+        transfer = FLOAT32 * shard * (1 / PCIE_BYTES_PER_SECOND + (reductions - 1) / PAGEABLE_BYTES_PER_SECOND)
         on_host = (12 * (reductions - 1) + 40) * on_node / HOST_BYTES_PER_SECOND
         seconds += (transfer + on_host) / micro_batches
     return settings.tokens / seconds
@@ -89,14 +112,12 @@ def tokens_per_second(config: ModelConfig, settings: Settings, peak: float) -> f
 # The dry run's report
 # ---------------------------------------------------------------------------------------------------
 
-# An "80 GB" H100 or A100 has 79.1 GiB for programs, a "40 GB" A100 39.4, a "141 GB" H200 139.
-USABLE = 0.985
 COLUMNS = f"{'no offload':>20}{'--cpu-offload':>20}"
 
 
 def fits(plan: MemoryPlan, gpu_memory: float) -> bool:
     """Whether it fits a GPU with `gpu_memory` GB as written on its box."""
-    return plan.peak <= USABLE * gpu_memory * GIB
+    return plan.peak <= usable_bytes(gpu_memory)
 
 
 def dry_run(model: str, settings: Settings, gpu_memory: float) -> str:
@@ -149,7 +170,7 @@ def _memory_lines(
     for label, sizes in rows.items():
         yield f"  {label:<44}" + "".join(f"{size / GIB:>20.1f}" for size in sizes)
     verdicts = ("fits" if fits(plan, gpu_memory) else "does not fit" for plan in (off, on))
-    usable = f"{gpu_memory:g} GB have {USABLE * gpu_memory:.1f} GiB"
+    usable = f"{gpu_memory:g} GB have {usable_bytes(gpu_memory) / GIB:.1f} GiB"
     yield f"  {usable:<44}" + "".join(f"{verdict:>20}" for verdict in verdicts)
     writing = 3 * FLOAT32 * parameter_count(config, settings.shards) * min(GPUS_PER_NODE, settings.world_size)
     for label, added in (("Host memory per node, GiB", 0), ("  while a checkpoint is written", writing)):
@@ -167,9 +188,9 @@ def _speed_lines(config: ModelConfig, settings: Settings) -> Iterator[str]:
         yield f"  {f'{name} ({PEAK_TFLOPS[name]} TFLOP/s)':<44}" + "".join(f"{cell:>20}" for cell in cells)
     yield f"  Assumed: MFU {MFU:.2f} with activation checkpointing (published for 13B: 0.416 on H100, 0.439 on A100),"
     yield "  4/3 of it without; full streams; communication hidden behind arithmetic. With offload, gradients cross"
-    yield f"  PCIe at {PCIE_BYTES_PER_SECOND / 1e9:.0f} GB/s per GPU, their sums and AdamW take host memory of "\
-        f"{HOST_BYTES_PER_SECOND / 1e9:.0f} GB/s per node,"
-    yield f"  and a step is {settings.global_batch_size} sequences of full length."
+    yield f"  PCIe at {PCIE_BYTES_PER_SECOND / 1e9:.0f} GB/s per GPU ({PAGEABLE_BYTES_PER_SECOND / 1e9:.0f} from the "\
+        f"second micro-batch), their sums and AdamW use host memory at {HOST_BYTES_PER_SECOND / 1e9:.0f} GB/s"
+    yield f"  per node with OMP_NUM_THREADS = cores / ranks, and a step is {settings.global_batch_size} full sequences."
 
 
 def _combination_lines(config: ModelConfig, settings: Settings, gpu_memory: float) -> Iterator[str]:
@@ -237,3 +258,167 @@ def _difference(settings: Settings, changed: Settings) -> str:
         f"--reduce-every {changed.reduce_every}": changed.reduce_every != settings.reduce_every,
     }
     return " ".join(option for option, differs in options.items() if differs)
+
+
+# ---------------------------------------------------------------------------------------------------
+# GRPO
+# ---------------------------------------------------------------------------------------------------
+
+AWAKE: dict[Sleep, str] = {
+    "both": "each engine in its phase only",
+    "policy": "the judge; the policy's except in training",
+    "none": "both engines always",
+}
+
+
+def _awake(sleep: Sleep, judge: dict[str, Any] | None) -> str:
+    if judge is None:
+        return "the policy's engine always" if sleep == "none" else "the policy's engine except in training"
+    return AWAKE[sleep]
+
+
+def dry_run_grpo(model: str, judge_model: str, settings: GRPOSettings, gpu_memory: float) -> str:
+    """What `train_grpo.py --dry-run` prints: the memory of each phase; `gpu_memory` in GB as on the box."""
+    config, judge = model_config_of(model), judge_config_of(judge_model)
+    plan = plan_grpo(config, judge, settings, gpu_memory)
+    offload, checkpointing = (
+        "with" if chosen else "no" for chosen in (settings.cpu_offload, settings.activation_checkpointing)
+    )
+    quantization = quantization_of(judge) if judge else None
+    bits = f" ({quantization['bits']}-bit AWQ)" if quantization else ""
+    return "\n".join((
+        f"{model}: {parameter_count(config):,} parameters on {settings.world_size} x {gpu_memory:g} GB",
+        f"Judge: {judge_model}{bits or ('' if judge else ', no engine')}. Awake: {_awake(settings.sleep, judge)}",
+        f"{settings.prompts_per_step} prompts x {settings.group_size} completions of at most "
+        f"{settings.max_completion_tokens} tokens; streams of {settings.micro_batch_size} x {settings.max_length:,}, "
+        f"{checkpointing} checkpointing, {offload} offload",
+        "", *_phase_lines(plan, settings, gpu_memory),
+        "", *_sleep_lines(config, judge, settings, gpu_memory),
+        "", *_cache_lines(plan),
+        "", *_host_lines(config, plan, settings),
+        "", fill(recommendation_grpo(config, judge, settings, gpu_memory), 110),
+    ))  # fmt: skip
+
+
+def _phase_lines(plan: GRPOPlan, settings: GRPOSettings, gpu_memory: float) -> Iterator[str]:
+    """One column a phase; rows that are 0 everywhere are left out."""
+    shard = f"1/{settings.world_size}"
+    rows = {
+        f"policy: parameters (float32, {shard})": "parameters",
+        f"policy: gradients (float32, {shard})": "gradients",
+        f"policy: AdamW's moments (float32, {shard})": "optimizer",
+        f"reference: parameters (float32, {shard})": "reference",
+        "gathered weights (bfloat16)": "gathered_weights",
+        "activations and buffers": "activations",
+        "weights on their way to the engine": "transfer",
+        "policy's engine: weights, CUDA graphs": "policy_engine",
+        "policy's engine: keys and values": "policy_keys_values",
+        "judge's engine: weights, CUDA graphs": "judge_engine",
+        "judge's engine: keys and values": "judge_keys_values",
+        "activations of the engine at work": "engine_activations",
+        "margin (CUDA, NCCL, fragments)": "margin",
+        "peak": "peak",
+    }
+    phases = plan.phases
+    yield f"{'GiB per GPU':<46}" + "".join(f"{phase:>12}" for phase in phases)
+    for label, field in rows.items():
+        sizes = [getattr(phase, field) for phase in phases.values()]
+        if any(sizes):
+            yield f"  {label:<44}" + "".join(f"{size / GIB:>12.1f}" for size in sizes)
+    verdicts = ("fits" if phase.peak <= plan.usable else "too much" for phase in phases.values())
+    yield f"  {f'{gpu_memory:g} GB have {plan.usable / GIB:.1f} GiB':<44}" + "".join(f"{word:>12}" for word in verdicts)
+
+
+def _sleep_lines(
+    config: ModelConfig, judge: dict[str, Any] | None, settings: GRPOSettings, gpu_memory: float
+) -> Iterator[str]:
+    """The peaks that each way of sleeping leaves for keys and values."""
+    plans = {
+        sleep: plan_grpo(config, judge, replace(settings, sleep=sleep), gpu_memory)
+        for sleep in AWAKE if judge or sleep != "policy"
+    }  # fmt: skip
+    phases = next(iter(plans.values())).phases
+    yield f"{'Without keys and values, if awake are':<46}" + "".join(f"{phase:>12}" for phase in phases)
+    for sleep, plan in plans.items():
+        sizes = (phase.peak - phase.keys_values for phase in plan.phases.values())
+        yield f"  {_awake(sleep, judge):<44}" + "".join(f"{size / GIB:>12.1f}" for size in sizes)
+
+
+def _cache_lines(plan: GRPOPlan) -> Iterator[str]:
+    yield f"{'Keys and values':<46}{'GiB':>12}{'KiB a token':>12}{'tokens':>12}{'at a time':>12}{'of':>8}"
+    engines = {"completions": plan.policy, "verdicts": plan.judge}
+    for what, engine in engines.items():
+        if engine:
+            label = f"{what}, each of {engine.longest:,} tokens"
+            numbers = f"{engine.keys_values / GIB:>12.1f}{engine.token / 1024:>12.0f}{engine.tokens:>12,}"
+            yield f"  {label:<44}{numbers}{engine.at_a_time:>12}{engine.sequences:>8}"
+
+
+def _host_lines(config: ModelConfig, plan: GRPOPlan, settings: GRPOSettings) -> Iterator[str]:
+    writing = 3 * FLOAT32 * parameter_count(config, settings.world_size) * min(GPUS_PER_NODE, settings.world_size)
+    parts = {
+        "sleeping engines": plan.host_slept, "offloaded": plan.host_offloaded,
+        "while a checkpoint is written": writing,
+    }  # fmt: skip
+    named = ", ".join(f"{label} {size / GIB:,.0f}" for label, size in parts.items() if size)
+    yield f"Host memory per node, GiB: {sum(parts.values()) / GIB:,.0f} ({named})"
+
+
+def recommendation_grpo(
+    config: ModelConfig, judge: dict[str, Any] | None, settings: GRPOSettings, gpu_memory: float
+) -> str:
+    """One sentence: the settings fit, or the cheapest change that makes them fit, or how many GPUs it takes."""
+    machine = f"{settings.world_size} x {gpu_memory:g} GB"
+    plan = plan_grpo(config, judge, settings, gpu_memory)
+    if plan.fits:
+        return f"Fits {machine} as it is, fullest in {plan.peak_phase}, with {_at_a_time(plan)}."
+    here = list(_cheaper_grpo(settings, has_judge=judge is not None))
+    wider = (replace(settings, world_size=settings.world_size * 2**doublings) for doublings in range(1, 5))
+    there = [changed for more in wider for changed in _cheaper_grpo(more, judge is not None) if not changed.cpu_offload]
+    answers = []
+    for variants in (here, there):
+        plans = ((changed, plan_grpo(config, judge, changed, gpu_memory)) for changed in variants)
+        if found := next(((changed, plan) for changed, plan in plans if plan.fits), None):
+            answers.append(f"{_grpo_difference(settings, found[0])} ({_at_a_time(found[1])})")
+            if not found[0].cpu_offload:
+                break
+    if answers:
+        return f"Does not fit {machine} as it is; fits {', or '.join(answers)}."
+    least = plan_grpo(config, judge, here[-1], gpu_memory)
+    fullest = least.phases[least.peak_phase]
+    return (
+        f"Does not fit GPUs of {gpu_memory:g} GB, however many: even {_grpo_difference(settings, here[-1])}, "
+        f"{least.peak_phase} takes {(fullest.peak - fullest.keys_values) / GIB:.1f} GiB; take larger ones."
+    )
+
+
+def _at_a_time(plan: GRPOPlan) -> str:
+    return f"{plan.policy.at_a_time} of a rank's {plan.policy.sequences} completions at a time"
+
+
+def _cheaper_grpo(settings: GRPOSettings, has_judge: bool) -> Iterator[GRPOSettings]:
+    """Settings that need less memory; those that cost less time come first."""
+    ways: tuple[Sleep, ...] = ("both",) if settings.sleep == "both" else ("policy", "both")
+    for offload in sorted({settings.cpu_offload, True}):
+        for sleep in ways if has_judge else ways[:1]:
+            for halvings in range(settings.micro_batch_size.bit_length()):
+                yield replace(
+                    settings, activation_checkpointing=True, cpu_offload=offload, sleep=sleep,
+                    policy_kv_cache_bytes=None, judge_kv_cache_bytes=None, gpu_memory_utilization=None,
+                    micro_batch_size=settings.micro_batch_size >> halvings,
+                )  # fmt: skip
+
+
+def _grpo_difference(settings: GRPOSettings, changed: GRPOSettings) -> str:
+    """What leads from one to the other, in words."""
+    cache_given = (settings.policy_kv_cache_bytes, settings.judge_kv_cache_bytes, settings.gpu_memory_utilization)
+    changes = {
+        f"on {changed.world_size} GPUs": changed.world_size != settings.world_size,
+        "with --activation-checkpointing on": changed.activation_checkpointing != settings.activation_checkpointing,
+        f"with --micro-batch-size {changed.micro_batch_size}": changed.micro_batch_size != settings.micro_batch_size,
+        "with --cpu-offload": changed.cpu_offload != settings.cpu_offload,
+        "if the policy's engine sleeps while the trainer works": settings.sleep == "none",
+        "if the judge sleeps too, in a process of its own": changed.sleep == "both" != settings.sleep,
+        "with the keys and values that are left": cache_given != (None, None, None),
+    }
+    return ", ".join(change for change, differs in changes.items() if differs)

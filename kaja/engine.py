@@ -12,12 +12,11 @@ import gc
 import os
 import random
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +28,13 @@ from kaja.files import read_json
 from kaja.model import CausalLM, ModelConfig
 from kaja.sampling import (
     PACK_TOKENS,
-    Sampled,
+    Completion,
+    EngineFailed,
+    _collect,
+    _Groups,
+    _limit,
+    _OutOfTime,
+    _waves,
     cache_bytes_per_token,
     check_prompts,
     check_request,
@@ -50,15 +55,6 @@ NO_VLLM = (
 )
 
 
-@dataclass(frozen=True)
-class Completion:
-    """One sampled completion."""
-
-    token_ids: list[int]  # with the stop token, if one was sampled
-    log_probs: list[float]  # of each token, under the distribution it was sampled from
-    finish_reason: Literal["stop", "length"]
-
-
 class Engine(Protocol):
     """What rollouts, the judge, the synthesis and the evaluation need of an engine."""
 
@@ -69,7 +65,11 @@ class Engine(Protocol):
         group_size: int = 1,
         max_tokens: int,
         temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
         seeds: list[int],
+        timeout: float | None = None,
+        on_group: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
         """`group_size` completions of each prompt.
 
@@ -77,10 +77,19 @@ class Engine(Protocol):
             prompts: token ids; each must leave room for max_tokens in the engine's max_length.
             temperature: 0 is greedy (all completions of a group equal, log-probs at temperature 1);
                 else at least 0.01, and log-probs are those of the tempered distribution.
+            top_p, top_k: sample, after the temperature, only from the top_k most likely tokens (0: all), and
+                of these from the fewest that hold top_p of the probability (1: all), as vLLM does. Log-probs are
+                those of what is kept: they sum to 1. Greedy ignores both.
             seeds: one per prompt; completion g depends only on (weights, prompt, seed, g).
+            timeout: seconds; None waits for ever. What is unfinished then is dropped and tried once more, with
+                the same seeds and as many seconds. Looked at between steps: a step that never returns is not ended.
+            on_group: called once for each prompt, as soon as its completions are finished, in that order. It should
+                only hand them on, to a judge's thread: the engine waits for it, and its time counts.
 
         Raises:
             UserError: before anything is generated, for a prompt that cannot be served.
+            EngineFailed: out of time twice, or an exception inside vLLM (its cause).
+            Whatever on_group raises.
         """
         ...
 
@@ -119,6 +128,7 @@ def make_engine(
     kv_cache_memory_bytes: int | None = None,
     gpu_memory_utilization: float = 0.4,
     tensor_parallel_size: int = 1,
+    sleep_mode: bool = True,
 ) -> Engine:
     """An engine with the weights of a Hugging Face folder.
 
@@ -130,6 +140,7 @@ def make_engine(
         kv_cache_memory_bytes: memory for keys and values; by default TorchEngine takes 1 GiB and vLLM on
             a CPU room for 16 sequences, on CUDA what gpu_memory_utilization leaves.
         gpu_memory_utilization, tensor_parallel_size: of vLLM on CUDA.
+        sleep_mode: whether `sleep` does anything. vLLM 0.32 allows it to one engine of a process.
     """
     device = torch.device(device)
     if kind == "torch":
@@ -140,7 +151,7 @@ def make_engine(
         return VLLMEngine(
             folder, stop_token_ids, max_length, device=device, dtype=dtype, seed=seed,
             kv_cache_memory_bytes=kv_cache_memory_bytes, gpu_memory_utilization=gpu_memory_utilization,
-            tensor_parallel_size=tensor_parallel_size,
+            tensor_parallel_size=tensor_parallel_size, sleep_mode=sleep_mode,
         )  # fmt: skip
     raise UserError(f"engine {kind!r} is unknown; it must be 'torch' or 'vllm'")
 
@@ -177,49 +188,39 @@ class TorchEngine:
         self._weights = WeightCheck(model.config)
 
     def generate(
-        self,
-        prompts: list[list[int]],
-        *,
-        group_size: int = 1,
-        max_tokens: int,
-        temperature: float = 1.0,
-        seeds: list[int],
-    ) -> list[list[Completion]]:
+        self, prompts: list[list[int]], *, group_size: int = 1, max_tokens: int, temperature: float = 1.0,
+        top_p: float = 1.0, top_k: int = 0, seeds: list[int], timeout: float | None = None,
+        on_group: Callable[[int, list[Completion]], None] | None = None,
+    ) -> list[list[Completion]]:  # fmt: skip
         """See Engine.generate."""
         self._weights.require()
-        check_request(prompts, seeds, group_size, max_tokens, temperature)
+        check_request(prompts, seeds, group_size, max_tokens, temperature, top_p, top_k, timeout)
         check_prompts(prompts, max_tokens, self.max_length, self.model.config.vocab_size)
         greedy = temperature == 0
-        rows = 1 if greedy else group_size
-        groups: dict[int, list[Completion]] = {}
-        for wave in self._waves([len(prompt) for prompt in prompts], rows, max_tokens):
-            sampled = sample_wave(
-                self.model,
-                [prompts[index] for index in wave],
-                None if greedy else row_uniforms([seeds[index] for index in wave], rows, max_tokens),
-                group_size=rows,
-                max_tokens=max_tokens,
-                temperature=1.0 if greedy else temperature,
-                stop_token_ids=self.stop_token_ids,
-            )
-            completions = _completions(sampled)
-            for place, index in enumerate(wave):
-                group = completions[place * rows : (place + 1) * rows]
-                groups[index] = group * group_size if greedy else group
-        return [groups[index] for index in range(len(prompts))]
+        rows, copies = (1, group_size) if greedy else (group_size, 1)
 
-    def _waves(self, lengths: list[int], rows: int, max_tokens: int) -> Iterator[list[int]]:
-        """Prompt indices, shortest first, in waves that fit into the cache."""
-        wave: list[int] = []
-        for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-            num_prompts = len(wave) + 1
-            tokens = num_prompts * (lengths[index] + rows * max_tokens)  # each prompt padded to the longest
-            if wave and (tokens > self.cache_tokens or num_prompts * rows > self.max_rows):
-                yield wave
-                wave = []
-            wave.append(index)
-        if wave:
-            yield wave
+        def attempt(indices: list[int], check: Callable[[int], None]) -> _Groups:
+            later = len(indices) * rows
+            lengths = [len(prompts[index]) for index in indices]
+            for wave in _waves(lengths, rows, max_tokens, self.cache_tokens, self.max_rows):
+                chosen = [indices[place] for place in wave]
+                later -= len(chosen) * rows
+                groups = sample_wave(
+                    self.model,
+                    [prompts[index] for index in chosen],
+                    None if greedy else row_uniforms([seeds[index] for index in chosen], rows, max_tokens),
+                    group_size=rows,
+                    max_tokens=max_tokens,
+                    temperature=1.0 if greedy else temperature,
+                    top_p=1.0 if greedy else top_p,
+                    top_k=0 if greedy else top_k,
+                    stop_token_ids=self.stop_token_ids,
+                    between_steps=lambda live: check((live + later) * copies),
+                )
+                for place, group in groups:
+                    yield chosen[place], group * copies
+
+        return _collect(attempt, len(prompts), group_size, timeout, on_group)
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """See Engine.score."""
@@ -243,16 +244,6 @@ class TorchEngine:
 
     def close(self) -> None:
         pass
-
-
-def _completions(sampled: Sampled) -> list[Completion]:
-    token_ids, log_probs = sampled.token_ids.tolist(), sampled.log_probs.tolist()
-    return [
-        Completion(ids[:length], values[:length], "stop" if stopped else "length")
-        for ids, values, length, stopped in zip(
-            token_ids, log_probs, sampled.lengths.tolist(), sampled.stopped.tolist()
-        )
-    ]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -299,10 +290,11 @@ class VLLMEngine:
         kv_cache_memory_bytes: int | None = None,
         gpu_memory_utilization: float = 0.4,
         tensor_parallel_size: int = 1,
+        sleep_mode: bool = True,
     ) -> None:
         self.folder, self.stop_token_ids, self.max_length = Path(folder), stop_token_ids, max_length
         self.hf_config: dict[str, Any] = read_json(self.folder / "config.json")
-        self.device = device
+        self.device, self.tensor_parallel_size, self.sleep_mode = device, tensor_parallel_size, sleep_mode
         self._sleeping: set[str] = set()  # of "weights", "kv_cache"
         self._weights: WeightCheck | None = None  # made at the first sync: a judge may be of any architecture
         arguments = self._arguments(
@@ -356,7 +348,7 @@ class VLLMEngine:
             # In the trainer's torchrun processes: RANK and LOCAL_RANK say which is ours.
             arguments["distributed_executor_backend"] = "external_launcher"
         if self.device.type == "cuda":
-            arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": gpu_memory_utilization}
+            arguments |= {"enable_sleep_mode": self.sleep_mode, "gpu_memory_utilization": gpu_memory_utilization}
         else:
             arguments |= {
                 "enforce_eager": True,
@@ -384,33 +376,33 @@ class VLLMEngine:
         return min(max(64 << 20, 16 * self.max_length * per_token), 4 << 30)
 
     def generate(
-        self,
-        prompts: list[list[int]],
-        *,
-        group_size: int = 1,
-        max_tokens: int,
-        temperature: float = 1.0,
-        seeds: list[int],
-    ) -> list[list[Completion]]:
+        self, prompts: list[list[int]], *, group_size: int = 1, max_tokens: int, temperature: float = 1.0,
+        top_p: float = 1.0, top_k: int = 0, seeds: list[int], timeout: float | None = None,
+        on_group: Callable[[int, list[Completion]], None] | None = None,
+    ) -> list[list[Completion]]:  # fmt: skip
         """See Engine.generate."""
-        check_request(prompts, seeds, group_size, max_tokens, temperature)
+        check_request(prompts, seeds, group_size, max_tokens, temperature, top_p, top_k, timeout)
         check_prompts(prompts, max_tokens, self.max_length, self.hf_config["vocab_size"])
+        if timeout is not None and self.tensor_parallel_size > 1:
+            raise UserError("timeout: the ranks of one engine would stop at different steps; leave it out")
         copies = group_size if temperature == 0 else 1  # vLLM refuses n > 1 when greedy
         parameters = [
             self._vllm.SamplingParams(
-                n=group_size // copies,
-                temperature=temperature,
-                max_tokens=max_tokens,
-                seed=_request_seed(seed),
-                stop_token_ids=self.stop_token_ids,
-                ignore_eos=True,  # only stop_token_ids count, as in TorchEngine
+                n=group_size // copies, seed=_request_seed(seed), max_tokens=max_tokens,
+                temperature=temperature, top_p=top_p, top_k=top_k, detokenize=False,
+                stop_token_ids=self.stop_token_ids, ignore_eos=True,  # only these count, as in TorchEngine
                 logprobs=0,  # of the sampled token only
-                detokenize=False,
-            )
+            )  # fmt: skip
             for seed in seeds
         ]
-        outputs = self._run(prompts, parameters)
-        return [[_vllm_completion(sample) for sample in output.outputs] * copies for output in outputs]
+
+        def attempt(indices: list[int], check: Callable[[int], None]) -> _Groups:
+            chosen = [prompts[index] for index in indices], [parameters[index] for index in indices]
+            with closing(self._run(*chosen, lambda unfinished: check(unfinished * copies))) as outputs:
+                for place, output in outputs:
+                    yield indices[place], [_vllm_completion(sample) for sample in output.outputs] * copies
+
+        return _collect(attempt, len(prompts), group_size, timeout, on_group)
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """See Engine.score. The last token is scored as the first new one: max_length is enough for all."""
@@ -418,25 +410,42 @@ class VLLMEngine:
         chosen = [sequence for sequence in sequences if len(sequence) > 1]
         parameters = [
             self._vllm.SamplingParams(
-                temperature=0.0,
-                max_tokens=1,
-                prompt_logprobs=0,
-                logprob_token_ids=[sequence[-1]],
-                detokenize=False,
+                temperature=0.0, max_tokens=1, prompt_logprobs=0, logprob_token_ids=[sequence[-1]], detokenize=False
             )
             for sequence in chosen
         ]
-        outputs = iter(self._run([sequence[:-1] for sequence in chosen], parameters))
+        found = dict(self._run([sequence[:-1] for sequence in chosen], parameters, _limit(None)))
+        outputs = (found[place] for place in range(len(chosen)))
         return [_vllm_scores(sequence, next(outputs)) if len(sequence) > 1 else [] for sequence in sequences]
 
-    def _run(self, prompts: list[list[int]], parameters: list[Any]) -> list[Any]:
+    def _run(
+        self, prompts: list[list[int]], parameters: list[Any], check: Callable[[int], None]
+    ) -> Generator[tuple[int, Any], None, None]:
+        """The place and the output of each request as it finishes. LLM.generate, but step by step."""
         if self._weights:
             self._weights.require()
-        self.wake()
-        with self._alone(), self._queue_emptied_on_failure():
-            return self._llm.generate(
-                [{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False
-            )
+        with _failures_named():
+            self.wake()
+        with self._queue_emptied_on_failure():
+            with self._alone(), _failures_named():
+                inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+                names = self._llm.enqueue(inputs, parameters, use_tqdm=False)
+            # enqueue gives number-random, an output has the number alone
+            places = {name.partition("-")[0]: place for place, name in enumerate(names)}
+            while finished := self._next_finished(check):
+                for output in finished:
+                    yield places[output.request_id], output
+
+    def _next_finished(self, check: Callable[[int], None]) -> list[Any]:
+        """Step until a request is finished; nothing if none is left. The caller's code never runs in _alone."""
+        engine = self._llm.llm_engine
+        with self._alone(), _failures_named():
+            while engine.has_unfinished_requests():
+                check(engine.get_num_unfinished_requests())
+                finished = [output for output in engine.step() if output.finished]
+                if finished:
+                    return finished
+        return []
 
     @contextmanager
     def _queue_emptied_on_failure(self) -> Iterator[None]:
@@ -448,8 +457,10 @@ class VLLMEngine:
         finally:
             if not done:
                 engine = self._llm.llm_engine
-                engine.abort_request(list(engine.output_processor.request_states), internal=True)
-                self._llm.reset_prefix_cache()
+                queued = engine.output_processor
+                with _failures_named():
+                    engine.abort_request([*queued.request_states, *queued.parent_requests], internal=True)
+                    self._llm.reset_prefix_cache()
 
     def load_weights(self, named_tensors: NamedTensors) -> None:
         """See Engine.load_weights. vLLM holds tensors until their layer is whole: do not reuse a buffer."""
@@ -462,7 +473,7 @@ class VLLMEngine:
 
     def sleep(self) -> None:
         """Weights to host memory, keys and values dropped (level 1)."""
-        if self.device.type == "cuda" and not self._sleeping:
+        if self.device.type == "cuda" and self.sleep_mode and "weights" not in self._sleeping:
             self._llm.sleep(level=1)
             self._sleeping = {"weights", "kv_cache"}
 
@@ -483,6 +494,18 @@ class VLLMEngine:
             gc.collect()  # vLLM shuts down when its engine is collected
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+
+@contextmanager
+def _failures_named() -> Iterator[None]:
+    """An exception inside vLLM becomes an EngineFailed with its message."""
+    try:
+        yield
+    except _OutOfTime:
+        raise
+    except Exception as error:
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        raise EngineFailed(f"vLLM failed ({message}); start the run again from its last checkpoint") from error
 
 
 def _request_seed(seed: int) -> int:

@@ -32,8 +32,16 @@ def token_log_probs(
     temperature: float = 1.0,
     chunk_size: int = 256,
     with_entropy: bool = False,
+    top_p: float = 1.0,
+    top_k: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax(hidden @ weight.T / temperature) at `labels`, and optionally the entropy.
+
+    With z = hidden @ weight.T / temperature, and K all tokens or those that top-k and top-p keep of z:
+        log p_label = z_label - log sum_{v in K} exp z_v         H = -sum_{v in K} p_v log p_v
+    K is chosen as the engine chooses it (_least_likely_kept) but from these z, and the label is always in it:
+    engine and trainer round differently, so a token sampled at K's border may lie outside of the trainer's.
+    Its log-prob is then finite, and at most that of every other token kept.
 
     Args:
         hidden: (T, D) states after the final norm.
@@ -43,26 +51,32 @@ def token_log_probs(
         chunk_size: positions worked on at a time. The logits of one chunk (chunk_size, V) are the
             largest tensor ever made; the backward computes them again instead of keeping them.
         with_entropy: also return the entropy of each softmax; costs one more chunk of memory.
+        top_p: in (0, 1]; 1 is off. Sorts the logits in the forward: five more chunks of memory.
+        top_k: 0 is off.
 
     Returns:
         log_probs (T,) and entropy (T,) or None: float32, or float64 for float64 inputs. bfloat16
         inputs are multiplied with float32 results: rounded logits would be useless in ratios.
         Both carry gradients to `hidden` and `weight`.
 
-    Gradients, with p = softmax(z) and H its entropy:
+    Gradients, with K a constant (p_v = 0 outside of it):
         d log p_label / d z_v = [v = label] - p_v        dH / d z_v = -p_v (log p_v + H)
 
     Raises:
-        ValueError: temperature or chunk_size not positive, or shapes that do not fit.
+        ValueError: temperature or chunk_size not positive, top_p or top_k out of range, or shapes that do not fit.
     """
     if not temperature > 0 or chunk_size < 1:
         raise ValueError(f"temperature {temperature} and chunk_size {chunk_size} must be positive")
+    if not 0 < top_p <= 1 or top_k < 0:
+        raise ValueError(f"top_p {top_p} and top_k {top_k}: expected 0 < top_p <= 1 and top_k >= 0")
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}: "
             f"expected (T, D), (V, D), (T,)"
         )
-    log_probs, entropy = _TokenLogProbs.apply(hidden, weight, labels, temperature, chunk_size, with_entropy)
+    log_probs, entropy = _TokenLogProbs.apply(
+        hidden, weight, labels, temperature, chunk_size, with_entropy, top_p, top_k
+    )
     return log_probs, entropy
 
 
@@ -76,14 +90,22 @@ class _TokenLogProbs(torch.autograd.Function):
         temperature: float,
         chunk_size: int,
         with_entropy: bool,
+        top_p: float,
+        top_k: int,
     ) -> tuple[Tensor, Tensor | None]:
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         log_probs = hidden.new_empty(len(labels), dtype=dtype)
         log_normalizer = torch.empty_like(log_probs)
         entropy = torch.empty_like(log_probs) if with_entropy else None
+        border = labels.new_empty(len(labels)) if top_p < 1 or 0 < top_k < len(weight) else None
         for start in range(0, len(labels), chunk_size):
             rows = slice(start, start + chunk_size)
             logits = _scaled_logits(hidden[rows], weight, temperature)  # (C, V)
+            dropped = None
+            if border is not None:
+                border[rows] = _least_likely_kept(logits, top_p, top_k)
+                dropped = _less_likely(logits, border[rows], labels[rows])
+                logits.masked_fill_(dropped, -torch.inf)
             label_logits = logits.gather(1, labels[rows, None]).squeeze(1)
             highest = logits.amax(dim=1)
             logits.sub_(highest[:, None])
@@ -92,11 +114,13 @@ class _TokenLogProbs(torch.autograd.Function):
             else:
                 exponentials = logits.exp()
                 total = exponentials.sum(dim=1)
+                if dropped is not None:
+                    logits.masked_fill_(dropped, 0.0)  # 0 * -inf is NaN
                 entropy[rows] = total.log() - exponentials.mul_(logits).sum(dim=1) / total
             log_total = total.log()
             log_normalizer[rows] = highest + log_total
             log_probs[rows] = label_logits - highest - log_total
-        ctx.save_for_backward(hidden, weight, labels, log_normalizer, entropy)
+        ctx.save_for_backward(hidden, weight, labels, log_normalizer, entropy, border)
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
         ctx.set_materialize_grads(False)  # an entropy that is only looked at costs no gradient
         return log_probs, entropy
@@ -104,19 +128,25 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, log_normalizer, entropy = ctx.saved_tensors
+        hidden, weight, labels, log_normalizer, entropy, border = ctx.saved_tensors
         if grad_log_probs is None:
             grad_log_probs = torch.zeros_like(log_normalizer)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=log_normalizer.dtype) if ctx.needs_input_grad[1] else None
         for start in range(0, len(labels), ctx.chunk_size):
             rows = slice(start, start + ctx.chunk_size)
-            log_p = _scaled_logits(hidden[rows], weight, ctx.temperature).sub_(log_normalizer[rows, None])
+            log_p = _scaled_logits(hidden[rows], weight, ctx.temperature)
+            dropped = None if border is None else _less_likely(log_p, border[rows], labels[rows])
+            log_p.sub_(log_normalizer[rows, None])
             upstream = grad_log_probs[rows, None]
+            if dropped is not None:
+                log_p.masked_fill_(dropped, -torch.inf)
             if grad_entropy is None:
                 grad_logits = log_p.exp_().mul_(-upstream)
             else:
                 p = log_p.exp()
+                if dropped is not None:
+                    log_p.masked_fill_(dropped, 0.0)
                 # -p (g_log_prob + g_entropy (log p + H))
                 log_p.add_(entropy[rows, None]).mul_(-grad_entropy[rows, None]).sub_(upstream)
                 grad_logits = p.mul_(log_p)
@@ -129,7 +159,7 @@ class _TokenLogProbs(torch.autograd.Function):
                 _add_product(grad_weight, grad_logits, hidden[rows])
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 def _scaled_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
@@ -141,6 +171,41 @@ def _scaled_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor
     else:
         logits = hidden.float() @ weight.float().T
     return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _least_likely_kept(logits: Tensor, top_p: float, top_k: int) -> Tensor:
+    """(C, V) -> (C,) int64: the last token that top-k, then top-p keeps. It alone describes the whole set.
+
+    As in vLLM 0.32 and transformers, top-k keeps each logit not below the k-th largest (so all that equal it).
+    Top-p renormalises over these and drops from the least likely on while the dropped probabilities sum up to at
+    most 1 - top_p: the token that takes the kept ones over top_p is kept. Of equal logits the lower index stays.
+    On equal logits vLLM's paths differ: the sort on a CPU keeps any of them, the Triton kernel also cuts top-k to k.
+    """
+    size = logits.shape[1]
+    if 0 < top_k < size:
+        lowest = logits.topk(top_k, dim=1).values[:, -1:]
+        if top_p == 1:
+            return size - 1 - (logits == lowest).flip(1).byte().argmax(dim=1)  # the last of equal ones
+        size = max(top_k, int((logits >= lowest).sum(dim=1).max()))  # NaN logits are not >= anything
+        columns = logits.topk(size, dim=1).indices.sort(dim=1).values
+        values, order = logits.gather(1, columns).sort(dim=1, descending=True, stable=True)
+        values.masked_fill_(values < lowest, -torch.inf)
+        order = columns.gather(1, order)
+    else:
+        values, order = logits.sort(dim=1, descending=True, stable=True)
+    sums = values.flip(1).softmax(dim=1).cumsum(dim=1)
+    room = 1 - torch.tensor(top_p, dtype=logits.dtype)  # rounded like the sums, as vLLM does
+    num_dropped = (sums[:, :-1] <= room).sum(dim=1, keepdim=True)  # the most likely token is never dropped
+    return order.gather(1, size - 1 - num_dropped).squeeze(1)
+
+
+def _less_likely(logits: Tensor, border: Tensor, labels: Tensor | None = None) -> Tensor:
+    """(C, V) bool: what is less likely than the token `border` (C,), or equal and behind it; never the labels."""
+    border = border[:, None]
+    lowest = logits.gather(1, border)
+    behind = torch.arange(logits.shape[1], device=logits.device) > border
+    dropped = (logits < lowest) | ((logits == lowest) & behind)
+    return dropped if labels is None else dropped.scatter_(1, labels[:, None], False)
 
 
 def _add_product(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:

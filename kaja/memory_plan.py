@@ -33,6 +33,8 @@ GIB = 2**30
 # GiB are usual. The larger, because "fits" should hold.
 MARGIN = 6 * GIB
 GPUS_PER_NODE = 8
+# An "80 GB" H100 or A100 has 79.1 GiB for programs, a "40 GB" A100 39.4, a "141 GB" H200 139.
+USABLE = 0.985
 HEAD_CHUNK: int = signature(token_log_probs).parameters["chunk_size"].default
 FLOAT32, BFLOAT16 = 4, 2
 
@@ -201,6 +203,32 @@ def _moments(config: ModelConfig, settings: Settings) -> Iterator[tuple[int, int
     yield 0, 0, _reduction_bytes(root_shapes, settings)
 
 
+def forward_memory(config: ModelConfig, shards: int, tokens: int) -> tuple[int, int, int]:
+    """(gathered weights, activations, buffers) at the peak of a forward without gradients over one stream.
+
+    FSDP2 keeps what it gathered, flat, beside the weights made of it until the next group has its own. So there
+    are the root's weights and the first block's, twice; or a block's, twice, and the next one's on their way.
+    """
+    block_shapes, root_shapes = parameter_shapes(config)
+    block, root = BFLOAT16 * _numel(block_shapes), BFLOAT16 * _numel(root_shapes)
+    query_size, key_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    sharded = shards > 1
+    ahead = block if sharded and config.num_hidden_layers > 1 else 0
+    # The block's input, the sum after the attention and its norm; silu(gate), up and their product.
+    in_mlp = 3 * config.hidden_size + 3 * config.intermediate_size
+    # The block's input and its norm; queries, keys and values while queries or, after them, keys are rotated.
+    rotating = max(4 * query_size + 2 * key_size, 2 * query_size + 5 * key_size)
+    in_attention = 2 * config.hidden_size + rotating
+    cosines = 2 * config.head_dim
+    logits = FLOAT32 * min(HEAD_CHUNK, tokens) * config.vocab_size
+    return max(
+        ((root + block) * (2 if sharded else 1), BFLOAT16 * tokens * (config.hidden_size + cosines), 0),
+        (root + block + sharded * block + ahead, BFLOAT16 * tokens * (max(in_mlp, in_attention) + cosines), 0),
+        (root + sharded * block, BFLOAT16 * tokens * 2 * config.hidden_size, logits),
+        key=sum,
+    )  # fmt: skip
+
+
 def _reduction_bytes(shapes: list[tuple[int, ...]], settings: Settings) -> int:
     """A group's gradients on their way from bfloat16, whole, to float32, reduced and cut into shards."""
     whole, shard = _numel(shapes), _numel(shapes, settings.shards)
@@ -215,8 +243,18 @@ def _host_bytes(config: ModelConfig, settings: Settings) -> int:
     total = 0
     for shape in root + config.num_hidden_layers * block:
         shard = FLOAT32 * _numel([shape], settings.shards)
-        total += 2 * shard + 2 * (1 << (shard - 1).bit_length())
+        total += 2 * shard + 2 * pinned_bytes(shard)
     return total * min(GPUS_PER_NODE, settings.world_size)
+
+
+def pinned_bytes(size: int) -> int:
+    """Host memory that torch takes for a pinned tensor of `size` bytes: the next power of two."""
+    return 1 << (size - 1).bit_length()
+
+
+def usable_bytes(gpu_memory: float) -> int:
+    """What programs get of a GPU with `gpu_memory` GB as written on its box."""
+    return int(USABLE * gpu_memory * GIB)
 
 
 # ---------------------------------------------------------------------------------------------------

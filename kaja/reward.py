@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -44,6 +44,8 @@ class Judge(Protocol):
     """Whoever scores completions. `name` goes into every table: a rule is never passed off as an LLM."""
 
     name: str
+    concurrent: bool
+    """Whether `judge` may be called from another thread while this process generates."""
 
     def judge(self, examples: Sequence[Example], completions: Sequence[str]) -> list[Verdict]:
         """One verdict per (example, completion), in order."""
@@ -58,6 +60,8 @@ class LLMJudge:
     Greedy, so that the same completion always gets the same verdict; equal prompts (in a GRPO group
     completions repeat) are therefore asked once.
     """
+
+    concurrent = False  # its engine computes where the policy's does
 
     def __init__(self, engine: Engine, chat: Chat, *, name: str, max_length: int) -> None:
         self.engine = engine
@@ -94,14 +98,17 @@ class LLMJudge:
         self.engine.close()
 
 
-def load_judge(model: str, engine_kind: str, device: torch.device, template: str = "auto") -> LLMJudge:
-    """The judge in a model folder or on the hub, in an engine of its own."""
+def load_judge(
+    model: str, engine_kind: str, device: torch.device, template: str = "auto", **engine_options: Any
+) -> LLMJudge:
+    """The judge in a model folder or on the hub, in an engine of its own (options: see make_engine)."""
     folder = resolve_model(model)
     chat = load_chat(folder, template)
     max_length = min(read_json(folder / "config.json").get("max_position_embeddings", 2048), MAX_JUDGE_LENGTH)
     engine = make_engine(
-        engine_kind, folder, stop_token_ids=chat.stop_token_ids, max_length=max_length, device=device
-    )
+        engine_kind, folder, stop_token_ids=chat.stop_token_ids, max_length=max_length, device=device,
+        **engine_options,
+    )  # fmt: skip
     return LLMJudge(engine, chat, name=model, max_length=max_length)
 
 

@@ -1,6 +1,7 @@
 """One completion with all that is known of it, and its way into packed micro-batches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from kaja.chat import TokenSequence
 from kaja.data import Example
 from kaja.distributed import Ranks
 from kaja.engine import Completion
-from kaja.reward import Verdict, reward_of
+from kaja.reward import Judge, Verdict, reward_of
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,43 @@ class Rollout:
         return {
             "id": self.example.id, "stream": self.example.stream, "question": self.example.question,
             "completion": self.text, "score": self.verdict.score, "cause": self.verdict.cause,
-            "judge_said": self.verdict.text, "advantage": advantage,
+            "judge_said": self.verdict.text, "advantage": advantage, "prompt_length": len(self.prompt_ids),
             "length": self.length, "finish_reason": self.completion.finish_reason,
         }  # fmt: skip
+
+
+class Judging:
+    """Verdicts of groups of completions, asked for while other groups are still being generated.
+
+    Give `ask` to Engine.generate as on_group, if the judge can work meanwhile; `verdicts` waits for what is
+    under way and asks for the rest at once. A context manager: an error leaves no thread behind.
+    """
+
+    def __init__(self, judge: Judge, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> None:
+        self.judge, self.examples, self.decode = judge, examples, decode
+        self._threads = ThreadPoolExecutor(max_workers=1)
+        self._asked: dict[int, Future[list[Verdict]]] = {}
+
+    def ask(self, place: int, group: list[Completion]) -> None:
+        texts = [self.decode(completion.token_ids) for completion in group]
+        self._asked[place] = self._threads.submit(self.judge.judge, [self.examples[place]] * len(group), texts)
+
+    def verdicts(self, groups: list[list[Completion]]) -> list[list[Verdict]]:
+        """Of each completion of each example, in order."""
+        waiting = [place for place in range(len(groups)) if place not in self._asked]
+        asked = [self.examples[place] for place in waiting for _ in groups[place]]
+        texts = [self.decode(completion.token_ids) for place in waiting for completion in groups[place]]
+        rest = iter(self.judge.judge(asked, texts) if waiting else [])
+        return [
+            self._asked[place].result() if place in self._asked else [next(rest) for _ in group]
+            for place, group in enumerate(groups)
+        ]
+
+    def __enter__(self) -> "Judging":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""A batched sampler in pure torch: TorchEngine's inner loop (kaja/engine.py).
+"""A batched sampler in pure torch: TorchEngine's inner loop, and what both engines share (kaja/engine.py).
 
 A wave is P prompts with G completions each, sampled together:
 1. prefill: the prompts run once, as packed streams; their keys and values are kept once per prompt,
@@ -12,8 +12,13 @@ Sampling is inverse-CDF from one uniform number per (row, position), so a comple
 what else is in the batch. `torch.multinomial` would cost five times the output head at V = 100k.
 """
 
-from collections.abc import Sequence
+import math
+import time
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kaja.errors import UserError
+from kaja.loss import _least_likely_kept, _less_likely
 from kaja.model import Attend, CausalLM, ModelConfig, packed_attention
 
 # Tokens of one prefill or scoring forward: bounds the activations, costs no speed.
@@ -34,6 +40,15 @@ MIN_TEMPERATURE = 0.01
 
 
 @dataclass(frozen=True)
+class Completion:
+    """One sampled completion."""
+
+    token_ids: list[int]  # with the stop token, if one was sampled
+    log_probs: list[float]  # of each token, under the distribution it was sampled from
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
 class Sampled:
     """What one wave sampled; rows in the order (prompt 0, g 0), (prompt 0, g 1), ..."""
 
@@ -41,6 +56,20 @@ class Sampled:
     log_probs: Tensor  # (P * G, max_tokens) float32
     lengths: Tensor  # (P * G,) int64, the stop token included
     stopped: Tensor  # (P * G,) bool, False = max_tokens reached
+
+    def completions(self, rows: slice) -> list[Completion]:
+        columns = (self.token_ids, self.log_probs, self.lengths, self.stopped)
+        return [
+            Completion(ids[:length], values[:length], "stop" if stopped else "length")
+            for ids, values, length, stopped in zip(*(column[rows].tolist() for column in columns))
+        ]
+
+
+_Groups = Generator[tuple[int, list[Completion]], None, None]
+
+
+class EngineFailed(RuntimeError):
+    """The engine died, or did not finish in time twice. One line: what happened and what to do."""
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], room: int, max_length: int, vocab_size: int) -> None:
@@ -62,7 +91,14 @@ def check_prompts(prompts: Sequence[Sequence[int]], room: int, max_length: int, 
 
 
 def check_request(
-    prompts: list[list[int]], seeds: list[int], group_size: int, max_tokens: int, temperature: float
+    prompts: list[list[int]],
+    seeds: list[int],
+    group_size: int,
+    max_tokens: int,
+    temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    timeout: float | None = None,
 ) -> None:
     """UserError for numbers that neither engine could honour."""
     if len(seeds) != len(prompts):
@@ -73,6 +109,75 @@ def check_request(
         raise UserError(f"group_size {group_size} and max_tokens {max_tokens} must be at least 1")
     if temperature != 0 and not MIN_TEMPERATURE <= temperature < float("inf"):
         raise UserError(f"temperature {temperature} must be 0 (greedy) or at least {MIN_TEMPERATURE}")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p {top_p} must be above 0 and at most 1 (1 samples from all tokens)")
+    if top_k < 0:
+        raise UserError(f"top_k {top_k} must be 0 (off) or more")
+    if timeout is not None and not timeout > 0:
+        raise UserError(f"timeout {timeout} must be above 0 seconds, or None")
+
+
+class _OutOfTime(Exception):
+    def __init__(self, unfinished: int) -> None:
+        super().__init__()
+        self.unfinished = unfinished
+
+
+def _limit(timeout: float | None) -> Callable[[int], None]:
+    """To be called with the number of unfinished completions: raises _OutOfTime from `timeout` seconds on."""
+    end = math.inf if timeout is None else time.monotonic() + timeout
+
+    def check(unfinished: int) -> None:
+        if time.monotonic() > end:
+            raise _OutOfTime(unfinished)
+
+    return check
+
+
+def _collect(
+    attempt: Callable[[list[int], Callable[[int], None]], _Groups],
+    num_prompts: int,
+    group_size: int,
+    timeout: float | None,
+    on_group: Callable[[int, list[Completion]], None] | None,
+) -> list[list[Completion]]:
+    """The groups that `attempt(indices of prompts, check)` yields; what it leaves out of time, in a second one."""
+    groups: dict[int, list[Completion]] = {}
+    retried = False
+    while True:
+        waiting = [index for index in range(num_prompts) if index not in groups]
+        try:
+            with closing(attempt(waiting, _limit(timeout))) as finished:
+                for index, group in finished:
+                    groups[index] = group
+                    if on_group:
+                        on_group(index, group)
+            return [groups[index] for index in range(num_prompts)]
+        except _OutOfTime as late:
+            problem = f"{late.unfinished} of {num_prompts * group_size} completions unfinished after {timeout:g} s"
+            if retried:
+                raise EngineFailed(
+                    f"{problem}, for the second time; allow more time (--generation-timeout), ask for fewer or "
+                    f"shorter completions, or see whether the device hangs or is shared"
+                ) from None
+        warnings.warn(f"{problem}; trying these once more")
+        retried = True
+
+
+def _waves(
+    lengths: list[int], rows: int, max_tokens: int, cache_tokens: int, max_rows: int
+) -> Iterator[list[int]]:
+    """Prompt indices, shortest first, in waves of at most `max_rows` rows that fit into the cache."""
+    wave: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        num_prompts = len(wave) + 1
+        tokens = num_prompts * (lengths[index] + rows * max_tokens)  # each prompt padded to the longest
+        if wave and (tokens > cache_tokens or num_prompts * rows > max_rows):
+            yield wave
+            wave = []
+        wave.append(index)
+    if wave:
+        yield wave
 
 
 def row_uniforms(seeds: Sequence[int], group_size: int, max_tokens: int) -> Tensor:
@@ -88,6 +193,13 @@ def row_uniforms(seeds: Sequence[int], group_size: int, max_tokens: int) -> Tens
         for g in range(group_size)
     ]
     return torch.from_numpy(np.stack(rows))
+
+
+def _keep_likely(logits: Tensor, top_p: float, top_k: int) -> None:
+    """Set what top-k, then top-p drops of logits (R, V) to -inf, in place; top_p 1 and top_k 0 drop nothing."""
+    if top_p < 1 or 0 < top_k < logits.shape[1]:
+        dropped = _less_likely(logits, _least_likely_kept(logits, top_p, top_k))
+        logits.masked_fill_(dropped, -torch.inf)
 
 
 def choose_tokens(logits: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -284,12 +396,20 @@ def sample_wave(
     max_tokens: int,
     temperature: float,
     stop_token_ids: Sequence[int],
-) -> Sampled:
+    top_p: float = 1.0,
+    top_k: int = 0,
+    between_steps: Callable[[int], None] | None = None,
+) -> _Groups:
     """Sample `group_size` completions of each prompt together.
 
     Args:
         uniforms: (P * G, max_tokens) float64 from row_uniforms; None chooses the most likely token.
-        temperature: > 0; the logits are divided by it, and the log-probs are those of that distribution.
+        temperature: > 0; the logits are divided by it.
+        top_p, top_k: see _keep_likely; the log-probs are those of the distribution that is left.
+        between_steps: called before each step with the number of unfinished completions.
+
+    Yields:
+        The index of a prompt and its completions, as soon as they are all finished.
     """
     device = model.lm_head.weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -306,12 +426,17 @@ def sample_wave(
     if uniforms is not None:
         uniforms = uniforms.to(device)
 
+    waiting = set(range(len(prompts)))
     rows = torch.arange(num_rows, device=device)  # which completion each live row is
     positions = lengths.repeat_interleave(group_size)
     hidden = _prefill(model, prompts, cache).repeat_interleave(group_size, dim=0)  # (R, D)
     for step in range(max_tokens):
+        if between_steps:
+            between_steps(len(rows))
         at_step = None if uniforms is None else uniforms[rows, step]
-        tokens, log_probs = choose_tokens(head.logits(hidden), at_step)
+        logits = head.logits(hidden)
+        _keep_likely(logits, top_p, top_k)
+        tokens, log_probs = choose_tokens(logits, at_step)
         sampled.token_ids[rows, step] = tokens
         sampled.log_probs[rows, step] = log_probs
         finished = torch.isin(tokens, stops)
@@ -320,11 +445,15 @@ def sample_wave(
             sampled.stopped[rows[finished]] = True
             order = cache.keep(~finished, step)
             rows, positions, tokens = rows[order], positions[order], tokens[order]
+            for prompt in sorted(waiting.difference((rows // group_size).tolist())):
+                waiting.remove(prompt)
+                yield prompt, sampled.completions(slice(prompt * group_size, (prompt + 1) * group_size))
         if len(rows) == 0 or step == max_tokens - 1:
             break
         hidden = model.model(tokens, positions, cache.decode(step))
         positions = positions + 1
-    return sampled
+    for prompt in sorted(waiting):
+        yield prompt, sampled.completions(slice(prompt * group_size, (prompt + 1) * group_size))
 
 
 def _prefill(model: CausalLM, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:

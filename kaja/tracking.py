@@ -6,8 +6,9 @@ Only rank 0 writes. The loops call `log` once per step and never ask who they ar
 import json
 import math
 import resource
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -54,6 +55,12 @@ class Tracker:
                 self.writer.add_scalar(name, value, step)
         self.bar.set_postfix({name: f"{metrics[name]:.4g}" for name in self.shown if name in metrics}, refresh=False)
         self.bar.update()
+
+    def warn(self, lines: Iterable[str]) -> None:
+        """Print lines on stderr, above the progress bar."""
+        if self.enabled:
+            for line in lines:
+                self.bar.write(f"warning: {line}", file=sys.stderr)
 
     def close(self) -> None:
         if self.enabled:

@@ -7,15 +7,20 @@ from pathlib import Path
 import pytest
 
 from kaja import dry_run
-from kaja.dry_run import LADDER, model_config_of, recommendation, report, tokens_per_second
+from kaja.dry_run import (
+    ELYZA_JUDGE, LADDER, dry_run_grpo, judge_config_of, model_config_of, recommendation, recommendation_grpo, report,
+    tokens_per_second,
+)  # fmt: skip
 from kaja.errors import UserError
 from kaja.files import write_json
+from kaja.grpo_plan import GRPOSettings, plan_grpo
 from kaja.memory_plan import GIB, Settings, SimulatedMemory, parameter_count, plan_memory
 from kaja.model import ModelConfig
 
 NAME = "llm-jp/llm-jp-3-13b-instruct"
 LLM_JP_13B = model_config_of(NAME)
 CHECKPOINTING = Settings(activation_checkpointing=True)
+JUDGE = "elyza/Llama-3-ELYZA-JP-8B-AWQ"
 
 
 def simulated(peak_gib: float) -> SimulatedMemory:
@@ -175,3 +180,109 @@ def test_dry_run_of_a_folder(model_folder: Path) -> None:
     text = dry_run.dry_run(str(model_folder), Settings(world_size=2, max_length=64), 16)
     assert text.split("\n")[-1] == "Fits 2 x 16 GB as it is."
     assert "sum simulated with torch's memory tracker" in text
+
+
+# ---------------------------------------------------------------------------------------------------
+# GRPO
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_the_judge_is_known_offline(tmp_path: Path) -> None:
+    assert judge_config_of(JUDGE) == ELYZA_JUDGE
+    assert judge_config_of("rule") is None
+    config = {"model_type": "llama", "vocab_size": 10}
+    write_json(tmp_path / "config.json", config)
+    assert judge_config_of(str(tmp_path)) == config
+    assert parameter_count(ModelConfig.from_hf(ELYZA_JUDGE)) == 8_030_261_248
+
+
+def cells(text: str, label: str, line: int = 0) -> list[str]:
+    found = [row for row in text.split("\n") if row.strip().startswith(label)]
+    return re.split(r"\s{2,}", found[line].strip().removeprefix(label).strip())
+
+
+@pytest.mark.parametrize("judge", [JUDGE, "rule"])
+@pytest.mark.parametrize("gpu_memory", [24, 40, 80])
+@pytest.mark.parametrize("settings", [
+    GRPOSettings(), GRPOSettings(sleep="none", gpu_memory_utilization=0.4), GRPOSettings(kl_coef=0.0, cpu_offload=True),
+])  # fmt: skip
+def test_grpo_report_is_short_and_narrow(settings: GRPOSettings, gpu_memory: float, judge: str) -> None:
+    text = dry_run_grpo(NAME, judge, settings, gpu_memory)
+    lines = text.split("\n")
+    assert text.isascii() and len(lines) < 45 and max(map(len, lines)) <= 110
+    assert lines[0] == f"{NAME}: 13,707,924,480 parameters on 8 x {gpu_memory} GB"
+    assert text.endswith(".")
+    assert ("judge's engine" in text) == (judge != "rule")
+    assert ("log_probs" in text) == (settings.kl_coef > 0)
+
+
+def test_grpo_report_for_13b() -> None:
+    settings = GRPOSettings()
+    text = dry_run_grpo(NAME, JUDGE, settings, 80)
+    plan = plan_grpo(LLM_JP_13B, ELYZA_JUDGE, settings, 80)
+    assert cells(text, "GiB per GPU") == list(plan.phases)
+    assert cells(text, "policy: AdamW's moments (float32, 1/8)") == ["12.8"] * 5
+    assert cells(text, "policy's engine: weights, CUDA graphs") == ["26.5", "26.5", "0.0", "0.0", "26.5"]
+    # The sum of each column is its peak, to the digit shown.
+    rows = [cells(text, label) for label in (
+        "policy: parameters (float32, 1/8)", "policy: gradients (float32, 1/8)",
+        "policy: AdamW's moments (float32, 1/8)", "reference: parameters (float32, 1/8)",
+        "gathered weights (bfloat16)", "activations and buffers", "policy's engine: weights, CUDA graphs",
+        "policy's engine: keys and values", "judge's engine: weights, CUDA graphs", "judge's engine: keys and values",
+        "activations of the engine at work", "margin (CUDA, NCCL, fragments)",
+    )]  # fmt: skip
+    for column, peak in enumerate(cells(text, "peak")):
+        assert sum(float(row[column]) for row in rows) == pytest.approx(float(peak), abs=0.6)
+    assert cells(text, "80 GB have 78.8 GiB") == ["fits"] * 5
+    # Without sleep the update does not fit, even without keys and values.
+    assert float(cells(text, "both engines always")[3]) > 78.8 > float(cells(text, "each engine in its phase only")[3])
+    assert cells(text, "completions, each of 768 tokens")[-1] == "64"
+    assert f"Host memory per node, GiB: {(plan.host_slept / GIB + 153):,.0f} (sleeping engines" in text
+
+
+AT_A_TIME = r"\d+ of a rank's 64 completions at a time"
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpu_memory", "sentence"),
+    [
+        (GRPOSettings(), 80, f"Fits 8 x 80 GB as it is, fullest in generate, with {AT_A_TIME}"),
+        (
+            GRPOSettings(sleep="none"), 80,
+            "Does not fit 8 x 80 GB as it is; fits if the policy's engine sleeps while the trainer works "
+            f".{AT_A_TIME}.",
+        ),
+        (
+            GRPOSettings(activation_checkpointing=False, micro_batch_size=64), 80,
+            "Does not fit 8 x 80 GB as it is; fits with --activation-checkpointing on, with --micro-batch-size 32 "
+            f".{AT_A_TIME}.",
+        ),
+        (
+            GRPOSettings(), 40,
+            "Does not fit 8 x 40 GB as it is; fits with --cpu-offload, if the judge sleeps too, in a process of its "
+            f"own .{AT_A_TIME}.",
+        ),
+        (
+            GRPOSettings(), 24,
+            "Does not fit GPUs of 24 GB, however many: even with --micro-batch-size 1, .*, sync takes 38.. GiB; .*",
+        ),
+    ],
+)  # fmt: skip
+def test_grpo_advice_for_13b(settings: GRPOSettings, gpu_memory: float, sentence: str) -> None:
+    assert re.fullmatch(sentence + r"\.", recommendation_grpo(LLM_JP_13B, ELYZA_JUDGE, settings, gpu_memory))
+
+
+def test_grpo_advice_is_kept_by_the_plan() -> None:
+    """A number of GPUs that is advised fits, half of it does not."""
+    settings = GRPOSettings(world_size=1)
+    config = model_config_of("llm-jp/llm-jp-3-7.2b")
+    sentence = recommendation_grpo(config, None, settings, 40)
+    pattern = r", or on (\d+) GPUs(?:, with --micro-batch-size (\d))? \((\d+) of a rank's (\d+) completions"
+    found = re.search(pattern, sentence)
+    assert found is not None, sentence
+    enough = replace(settings, world_size=int(found[1]), micro_batch_size=int(found[2] or 8))
+    plan = plan_grpo(config, None, enough, 40)
+    assert plan.fits and (plan.policy.at_a_time, plan.policy.sequences) == (int(found[3]), int(found[4]))
+    for micro_batch_size in (1, 2, 4, 8):
+        half = replace(enough, world_size=enough.world_size // 2, micro_batch_size=micro_batch_size)
+        assert not plan_grpo(config, None, half, 40).fits

@@ -2,20 +2,24 @@
 
 import math
 import os
+import re
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 
+from kaja import sampling
 from kaja.checkpoint import load_model
-from kaja.engine import Completion, Engine, TorchEngine, VLLMEngine, make_engine
+from kaja.engine import Completion, Engine, EngineFailed, TorchEngine, VLLMEngine, make_engine
 from kaja.errors import UserError
+from kaja.sampling import _keep_likely, packed_stream
 from kaja.sync import check_sync, sync_error
 from conftest import ROOT, make_model_folder
 
@@ -48,13 +52,36 @@ def engine(folder: Path) -> TorchEngine:
     return torch_engine(folder, [2])
 
 
-def reference_log_probs(folder: Path, prompt: list[int], completion: Completion, temperature: float) -> torch.Tensor:
+def reference_log_probs(
+    folder: Path, prompt: list[int], completion: Completion, temperature: float, top_p: float = 1.0, top_k: int = 0
+) -> torch.Tensor:
     """What transformers gives the tokens of a completion, in float64."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     with torch.no_grad():
         logits = model(torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
     tokens = torch.tensor(completion.token_ids)
-    return (logits / temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    logits = logits / temperature
+    if top_k:
+        logits = TopKLogitsWarper(top_k)(None, logits)
+    if top_p < 1:
+        logits = TopPLogitsWarper(top_p)(None, logits)
+    return logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+
+
+def sampler_ratios(folder: Path, groups: list[list[Completion]], **options: float) -> torch.Tensor:
+    """exp(trainer - engine) of every sampled token, as GRPO's first update sees them."""
+    ratios = []
+    model = load_model(folder)
+    for prompt, group in zip(PROMPTS, groups):
+        for completion in group:
+            stream = packed_stream([(prompt + completion.token_ids)[:-1]], torch.device("cpu"))
+            labels = torch.tensor((prompt + completion.token_ids)[1:])
+            with torch.no_grad():
+                log_probs = model(*stream, labels, torch.arange(len(labels)) >= len(prompt) - 1, **options)[0]
+                without_mask = model(*stream, labels, **options)[0]
+            torch.testing.assert_close(without_mask[len(prompt) - 1 :], log_probs[len(prompt) - 1 :])
+            ratios.append((log_probs[len(prompt) - 1 :] - torch.tensor(completion.log_probs)).exp())
+    return torch.cat(ratios)
 
 
 def tokens_of(groups: list[list[Completion]]) -> list[list[list[int]]]:
@@ -88,6 +115,29 @@ def test_log_probs_are_those_of_the_sampled_distribution(
             torch.testing.assert_close(torch.tensor(completion.log_probs).double(), expected, rtol=0, atol=1e-5)
 
 
+TRUNCATED = {"temperature": 0.7, "top_p": 0.9, "top_k": 20}
+
+
+@pytest.mark.parametrize("options", [TRUNCATED, {**TRUNCATED, "top_k": 0}, {**TRUNCATED, "top_p": 1.0}])
+def test_truncated_sampling_and_the_trainers_ratio(
+    folder: Path, engine: TorchEngine, options: dict[str, float]
+) -> None:
+    groups = engine.generate(PROMPTS, group_size=3, max_tokens=20, seeds=SEEDS, **options)
+    for prompt, group in zip(PROMPTS, groups):
+        for completion in group:
+            expected = reference_log_probs(folder, prompt, completion, **options)
+            torch.testing.assert_close(torch.tensor(completion.log_probs).double(), expected, rtol=0, atol=1e-5)
+    ratios = sampler_ratios(folder, groups, **options)
+    assert len(ratios) > 200 and abs(ratios.mean() - 1) < 1e-3 and (ratios - 1).abs().max() < 1e-2
+    whole = sampler_ratios(folder, groups, temperature=0.7)  # what the trainer would get without truncation
+    assert whole.mean() < 0.97
+
+
+def test_greedy_ignores_truncation(engine: TorchEngine) -> None:
+    arguments = {"max_tokens": 5, "temperature": 0, "seeds": SEEDS}
+    assert engine.generate(PROMPTS, **arguments, top_p=0.5, top_k=2) == engine.generate(PROMPTS, **arguments)
+
+
 def test_a_completion_depends_on_prompt_seed_and_place_alone(folder: Path) -> None:
     engine = torch_engine(folder, MANY_STOPS)
     groups = engine.generate(PROMPTS, group_size=6, max_tokens=30, seeds=SEEDS)
@@ -105,11 +155,10 @@ def test_a_completion_depends_on_prompt_seed_and_place_alone(folder: Path) -> No
 def test_waves_bound_rows_and_memory_without_changing_results(folder: Path) -> None:
     whole = torch_engine(folder, MANY_STOPS).generate(PROMPTS, group_size=2, max_tokens=10, seeds=SEEDS)
     few_rows = torch_engine(folder, MANY_STOPS, max_rows=4)
-    assert [len(wave) for wave in few_rows._waves([7, 23, 1, 40, 12], rows=2, max_tokens=10)] == [2, 2, 1]
     assert tokens_of(few_rows.generate(PROMPTS, group_size=2, max_tokens=10, seeds=SEEDS)) == tokens_of(whole)
     # 2 layers x keys and values x 2 heads x 32 x 4 bytes = 1 KiB a token
     small = torch_engine(folder, MANY_STOPS, kv_cache_memory_bytes=100 * 1024)
-    assert list(small._waves([7, 23, 1, 40, 12], rows=2, max_tokens=10)) == [[2, 0, 4], [1], [3]]
+    assert small.cache_tokens == 100
     assert tokens_of(small.generate(PROMPTS, group_size=2, max_tokens=10, seeds=SEEDS)) == tokens_of(whole)
 
 
@@ -147,6 +196,85 @@ def test_scores(folder: Path, engine: TorchEngine) -> None:
         expected = reference_log_probs(folder, prompt[:1], Completion(prompt[1:], [], "stop"), 1.0)
         torch.testing.assert_close(torch.tensor(score).double(), expected, rtol=0, atol=1e-5)
     assert engine.score([]) == []
+
+
+def watch_steps(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], object]) -> list[int]:
+    """Call `before(number)` in each of TorchEngine's steps; the list has one entry, the number of steps so far."""
+    steps, choose = [0], sampling.choose_tokens
+
+    def choose_tokens(logits: torch.Tensor, uniforms: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        before(steps[0])
+        steps[0] += 1
+        return choose(logits, uniforms)
+
+    monkeypatch.setattr(sampling, "choose_tokens", choose_tokens)
+    return steps
+
+
+class FakeClock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(sampling, "time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_out_of_time_twice_is_a_failure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = torch_engine(folder, [2], max_rows=6)  # two prompts a wave
+    steps = watch_steps(monkeypatch, lambda _: time.sleep(0.4))
+    twice = "15 of 15 completions unfinished after 0.2 s, for the second time; allow more time"
+    with pytest.warns(UserWarning, match=r"15 of 15 completions unfinished after 0\.2 s; trying these once more"):
+        with pytest.raises(EngineFailed, match=twice):
+            engine.generate(PROMPTS, group_size=3, max_tokens=20, seeds=SEEDS, timeout=0.2)
+    assert steps[0] <= 2  # one each, then the limit was noticed
+    monkeypatch.undo()
+    assert len(engine.generate(PROMPTS, max_tokens=5, seeds=SEEDS, timeout=600)) == 5
+    with pytest.raises(UserError, match="timeout 0 must be above 0"):
+        engine.generate(PROMPTS, max_tokens=5, seeds=SEEDS, timeout=0)
+
+
+def test_only_what_is_unfinished_is_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = torch_engine(folder, MANY_STOPS, max_rows=6)
+    arguments = {"group_size": 3, "max_tokens": 8, "seeds": SEEDS}
+    expected = engine.generate(PROMPTS, **arguments)
+    first_wave = max(len(completion.token_ids) for index in (2, 0) for completion in expected[index])
+    clock = FakeClock(monkeypatch)
+    # one step of the second wave takes an hour
+    watch_steps(monkeypatch, lambda step: setattr(clock, "now", clock.now + 3600 * (step == first_wave + 1)))
+    told: list[int] = []
+    with pytest.warns(UserWarning, match=r"[789] of 15 completions unfinished after 60 s"):
+        found = engine.generate(PROMPTS, **arguments, timeout=60, on_group=lambda index, _: told.append(index))
+    assert tokens_of(found) == tokens_of(expected)
+    assert sorted(told) == list(range(5)) and set(told[:2]) == {0, 2}
+
+
+def test_groups_are_handed_on_as_they_finish(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = torch_engine(folder, MANY_STOPS)
+    steps = watch_steps(monkeypatch, lambda _: None)
+    told: list[tuple[int, list[Completion], int]] = []
+    groups = engine.generate(
+        PROMPTS, group_size=2, max_tokens=30, seeds=SEEDS,
+        on_group=lambda index, group: told.append((index, group, steps[0])),
+    )  # fmt: skip
+    assert groups == engine.generate(PROMPTS, group_size=2, max_tokens=30, seeds=SEEDS)
+    assert {index: group for index, group, _ in told} == dict(enumerate(groups)) and len(told) == 5
+    lengths = [max(len(completion.token_ids) for completion in group) for _, group, _ in told]
+    assert lengths == [step for _, _, step in told]  # each at the very step that ended it
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
+
+    told.clear()
+    engine.generate(
+        PROMPTS, group_size=2, max_tokens=4, temperature=0, seeds=SEEDS,
+        on_group=lambda index, group: told.append((index, group, 0)),
+    )  # fmt: skip
+    assert sorted(index for index, _, _ in told) == list(range(5)) and all(len(group) == 2 for _, group, _ in told)
+
+    def broken(index: int, group: list[Completion]) -> None:
+        raise TimeoutError("the judge is gone")
+
+    with pytest.raises(TimeoutError, match="the judge is gone"):
+        engine.generate(PROMPTS, max_tokens=4, seeds=SEEDS, on_group=broken, timeout=60)
 
 
 def test_new_weights_change_the_outputs(folder: Path, tmp_path: Path) -> None:
@@ -254,6 +382,33 @@ def test_vllm_log_probs_are_those_of_the_sampled_distribution(
 
 
 @with_marks
+@pytest.mark.parametrize("options", [TRUNCATED, {**TRUNCATED, "top_k": 0}, {**TRUNCATED, "top_p": 1.0}])
+def test_vllm_truncated_sampling_and_the_trainers_ratio(
+    vllm_engine: Engine, folder: Path, options: dict[str, float]
+) -> None:
+    groups = vllm_engine.generate(PROMPTS, group_size=3, max_tokens=20, seeds=SEEDS, **options)
+    for prompt, group in zip(PROMPTS, groups):
+        for completion in group:
+            expected = reference_log_probs(folder, prompt, completion, **options)
+            torch.testing.assert_close(torch.tensor(completion.log_probs).double(), expected, rtol=0, atol=1e-4)
+    ratios = sampler_ratios(folder, groups, **options)
+    assert len(ratios) > 200 and abs(ratios.mean() - 1) < 1e-3 and (ratios - 1).abs().max() < 1e-2
+
+
+@with_marks
+@pytest.mark.parametrize("top_p, top_k", [(0.9, 0), (1.0, 20), (0.9, 20), (0.3, 5)])
+def test_vllm_keeps_the_same_tokens(top_p: float, top_k: int) -> None:
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
+
+    logits = 3 * torch.randn(200, 1000, generator=torch.Generator().manual_seed(0))
+    ours = logits.clone()
+    _keep_likely(ours, top_p, top_k)
+    k = torch.full((200,), top_k) if top_k else None
+    p = torch.full((200,), top_p) if top_p < 1 else None
+    assert torch.equal(ours, apply_top_k_top_p_pytorch(logits.clone(), k, p))
+
+
+@with_marks
 def test_vllm_completion_depends_on_prompt_seed_and_place_alone(vllm_engine: Engine) -> None:
     neighbours = vllm_engine.generate([PROMPTS[0]] * 2, group_size=3, max_tokens=20, seeds=[11, 12])
     (alone,) = vllm_engine.generate(PROMPTS[:1], group_size=2, max_tokens=20, seeds=[11])
@@ -333,6 +488,110 @@ def test_vllm_is_clean_after_an_interrupted_call(vllm_engine: VLLMEngine, monkey
     assert tokens_of(vllm_engine.generate(PROMPTS, **arguments)) == expected
 
 
+def assert_clean(engine: VLLMEngine, expected: list[list[Completion]], arguments: dict[str, object]) -> None:
+    """Nothing is queued, and the next call gives what it gave before."""
+    core = engine._llm.llm_engine
+    assert not core.has_unfinished_requests() and not core.output_processor.parent_requests
+    assert engine.generate(PROMPTS, **arguments) == expected
+
+
+SAMPLED = {"group_size": 3, "max_tokens": 10, "seeds": SEEDS}
+
+
+@with_marks
+@pytest.mark.parametrize("hanging", [False, True])
+def test_vllm_out_of_time_twice_is_a_failure(
+    vllm_engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch, hanging: bool
+) -> None:
+    expected = vllm_engine.generate(PROMPTS, **SAMPLED)
+    core = vllm_engine._llm.llm_engine
+    step = core.step
+
+    def slow() -> list[object]:
+        time.sleep(0.1)
+        return [] if hanging else step()  # hanging: it goes round without getting anywhere
+
+    monkeypatch.setattr(core, "step", slow)
+    with pytest.warns(UserWarning, match=r"15 of 15 completions unfinished after 0\.25 s; trying these once more"):
+        with pytest.raises(EngineFailed, match="15 of 15 completions unfinished after 0.25 s, for the second time"):
+            vllm_engine.generate(PROMPTS, **SAMPLED, timeout=0.25)
+    monkeypatch.undo()
+    assert_clean(vllm_engine, expected, SAMPLED)
+    greedy = {**SAMPLED, "temperature": 0}
+    monkeypatch.setattr(core, "step", lambda: time.sleep(0.01) or [])
+    with pytest.warns(UserWarning), pytest.raises(EngineFailed, match="^15 of 15 completions"):
+        vllm_engine.generate(PROMPTS, **greedy, timeout=0.05)
+
+
+@with_marks
+def test_vllm_tries_again_what_is_unfinished(vllm_engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_engine, "stop_token_ids", MANY_STOPS)
+    expected = vllm_engine.generate(PROMPTS, **SAMPLED)
+    ends = sorted(max(len(completion.token_ids) for completion in group) for group in expected)
+    assert ends[0] < ends[-1]
+    core = vllm_engine._llm.llm_engine
+    step, finished, told, clock = core.step, [], [], FakeClock(monkeypatch)
+
+    def hanging_once() -> list[object]:
+        if finished and not told.count("hung"):
+            told.append("hung")
+            clock.now += 3600
+        outputs = step()
+        finished.extend(output for output in outputs if output.finished)
+        return outputs
+
+    monkeypatch.setattr(core, "step", hanging_once)
+    with pytest.warns(UserWarning, match="of 15 completions unfinished after 60 s"):
+        found = vllm_engine.generate(PROMPTS, **SAMPLED, timeout=60, on_group=lambda index, _: told.append(index))
+    assert [group == other for group, other in zip(found, expected)] == [True] * 5
+    assert told.index("hung") < 5 and sorted(told, key=str) == [0, 1, 2, 3, 4, "hung"]
+    monkeypatch.setattr(core, "step", step)
+    assert_clean(vllm_engine, expected, SAMPLED)
+
+
+@with_marks
+def test_an_exception_inside_vllm_is_an_engine_failure(
+    vllm_engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = vllm_engine.generate(PROMPTS, **SAMPLED)
+    core = vllm_engine._llm.llm_engine
+    runner = core.model_executor.driver_worker.model_runner
+    monkeypatch.setattr(runner, "execute_model", lambda *_, **__: (_ for _ in ()).throw(MemoryError("out of\npaper")))
+    with pytest.raises(EngineFailed, match=r"vLLM failed \(MemoryError: out of paper\); start the run") as caught:
+        vllm_engine.generate(PROMPTS, **SAMPLED)
+    assert isinstance(caught.value.__cause__, MemoryError)
+    monkeypatch.undo()
+    assert_clean(vllm_engine, expected, SAMPLED)
+
+
+@with_marks
+def test_vllm_groups_are_handed_on_as_they_finish(vllm_engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_engine, "stop_token_ids", MANY_STOPS)
+    core = vllm_engine._llm.llm_engine
+    told: list[tuple[int, list[Completion], bool]] = []
+
+    def on_group(index: int, group: list[Completion]) -> None:
+        torch.rand(1), random.random()  # a judge may draw random numbers, and what it draws stays drawn
+        told.append((index, group, core.has_unfinished_requests()))
+
+    torch.manual_seed(0)
+    groups = vllm_engine.generate(PROMPTS, **SAMPLED, on_group=on_group)
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(after, torch.rand(6)[5:])
+    assert groups == vllm_engine.generate(PROMPTS, **SAMPLED)
+    assert {index: group for index, group, _ in told} == dict(enumerate(groups)) and len(told) == 5
+    lengths = [max(len(completion.token_ids) for completion in group) for _, group, _ in told]
+    assert lengths == sorted(lengths) and told[0][2] and not told[-1][2]
+
+    def broken(index: int, group: list[Completion]) -> None:
+        raise TimeoutError("the judge is gone")
+
+    with pytest.raises(TimeoutError, match="the judge is gone"):
+        vllm_engine.generate(PROMPTS, **SAMPLED, on_group=broken, timeout=60)
+    assert_clean(vllm_engine, groups, SAMPLED)
+
+
 @with_marks
 def test_closing_one_vllm_engine_leaves_the_other_alive(vllm_engine: Engine, folder: Path) -> None:
     """As in judge.py: the judge goes on while the engines of the answering models come and go."""
@@ -345,11 +604,14 @@ def test_closing_one_vllm_engine_leaves_the_other_alive(vllm_engine: Engine, fol
 
 
 @with_marks
-def test_vllm_refuses_bad_prompts(vllm_engine: Engine) -> None:
+def test_vllm_refuses_bad_prompts(vllm_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="prompt 1 of 2 is empty"):
         vllm_engine.generate([[5], []], max_tokens=4, seeds=[0, 0])
     with pytest.raises(UserError, match="prompt 0 of 1 has 93 tokens, with 4 new ones 97"):
         vllm_engine.generate([[5] * 93], max_tokens=4, seeds=[0])
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="timeout: the ranks of one engine"):
+        patch.setattr(vllm_engine, "tensor_parallel_size", 2)
+        vllm_engine.generate([[5]], max_tokens=4, seeds=[0], timeout=1)
     vllm_engine.sleep()  # nothing on a CPU
     vllm_engine.wake()
     assert vllm_engine.generate([], max_tokens=4, seeds=[]) == []
@@ -391,5 +653,6 @@ def test_vllm_on_two_ranks_takes_the_shards_of_both(folder: Path, tmp_path: Path
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, str(script), str(folder)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (done.stdout.split(f"rank {rank}: ")[1].split("\n")[0] for rank in (0, 1))
-    assert first == second
+    # Not line by line: the ranks' writes may interleave.
+    first, second = (re.findall(rf"rank {rank}: (\[[\d, ]+\])", done.stdout) for rank in (0, 1))
+    assert len(first) == 1 and first == second

@@ -23,7 +23,7 @@ from kaja.evals.judged import (
     summarise,
     tabulate,
 )
-from kaja.evals.suites import refuses
+from kaja.health import opens_with_refusal
 from kaja.reward import Verdict
 
 REFUSAL = "この質問にはお答えできません。その理由は危険だからです。"
@@ -56,7 +56,7 @@ def answer(model: str, number: int, score: float | None, text: str = "はい", *
     ],
 )
 def test_refusals_are_seen(text: str) -> None:
-    assert refuses(text)
+    assert opens_with_refusal(text)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_refusals_are_seen(text: str) -> None:
     ],
 )
 def test_other_answers_are_no_refusals(text: str) -> None:
-    assert not refuses(text)
+    assert not opens_with_refusal(text)
 
 
 # ---- summaries ------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def finished(folders: dict[str, Path], questions: Path, tmp_path_factory: pytest
 
 
 def test_everything_is_written(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = {path.name for path in finished.iterdir()}
+    names = {path.name for path in finished.iterdir()} - {".lock"}
     assert names == {"config.json", "answers.jsonl", "scores.json", "scores.md", "report.html"}
     rows = rows_of(finished)
     assert [(row["model"], row["id"]) for row in rows] == [

@@ -13,9 +13,12 @@ SCRIPTS = ("synth", "train_sft", "train_grpo", "judge")
 LAYERS = {
     0: ("errors", "loss", "model", "optim", "flops", "chat", "rubric"),
     1: ("distributed", "tracking", "files", "cli"),
-    2: ("data", "batching", "checkpoint", "resume", "memory_plan", "dry_run", "sampling", "sync", "engine"),
+    2: (
+        "data", "batching", "checkpoint", "resume", "memory_plan", "grpo_plan", "dry_run",
+        "sampling", "sync", "engine",
+    ),
     3: (
-        "reward", "rollouts", "synthesis", "evals", "merge", "charts", "report",
+        "reward", "rollouts", "health", "synthesis", "evals", "merge", "charts", "report",
         "demo", "demo_corpus", "demo_judge", "demo_pretrain", "demo_teacher",
     ),
 }

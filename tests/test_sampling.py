@@ -1,14 +1,19 @@
 """The torch sampler: the inverse CDF, the waves' cache, the random numbers."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from kaja.errors import UserError
 from kaja.model import CausalLM, ModelConfig, init_weights
 from kaja.sampling import (
     KVCache,
     _fill_holes,
+    _keep_likely,
+    _waves,
     check_prompts,
     check_request,
     choose_tokens,
@@ -67,6 +72,40 @@ def test_impossible_tokens_are_never_chosen() -> None:
     torch.testing.assert_close(log_probs, torch.full((4,), float(np.log(0.5))))
 
 
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("top_p, top_k", [(0.9, 0), (0.3, 0), (1e-6, 0), (1.0, 1), (1.0, 20), (0.9, 20), (0.5, 700)])
+def test_kept_logits_are_those_of_transformers(top_p: float, top_k: int, ties: bool) -> None:
+    """Of equal logits at top-p's border transformers keeps any (its sort is unstable): then the values are compared."""
+    logits = random_logits(100, 600)
+    logits = logits.round() / 2 if ties else logits
+    expected = logits.clone()
+    for warper in ([TopKLogitsWarper(top_k)] if top_k else []) + [TopPLogitsWarper(top_p)] * (top_p < 1):
+        expected = warper(None, expected)
+    kept = logits.clone()
+    _keep_likely(kept, top_p, top_k)
+    assert torch.equal(kept.sort(-1).values, expected.sort(-1).values)
+    assert ties or torch.equal(kept, expected)
+    whole = kept > -torch.inf
+    assert torch.equal(kept[whole], logits[whole])
+    uniforms = torch.rand(100, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    reference = kept.double().log_softmax(-1)
+    tokens, log_probs = choose_tokens(kept, uniforms)
+    assert whole.gather(1, tokens[:, None]).all()
+    torch.testing.assert_close(log_probs.double(), reference.gather(1, tokens[:, None])[:, 0], rtol=0, atol=2e-6)
+
+
+def test_the_lower_index_of_equal_logits_stays() -> None:
+    logits = torch.tensor([[0.0, 2.0, 0.0, -torch.inf, 0.0]])
+    _keep_likely(logits, top_p=0.85, top_k=0)  # p .711 .096 .096 .096
+    assert logits.tolist() == [[0.0, 2.0, 0.0, -math.inf, -math.inf]]
+    halves = torch.zeros(1, 2)
+    _keep_likely(halves, top_p=0.5, top_k=0)  # a token that reaches top_p exactly is the last
+    assert halves.tolist() == [[0.0, -math.inf]]
+    nothing = torch.tensor([[0.0, 1.0]])
+    _keep_likely(nothing, top_p=1.0, top_k=2)
+    assert nothing.tolist() == [[0.0, 1.0]]
+
+
 def test_greedy_choice() -> None:
     logits = random_logits(20, 333)
     tokens, log_probs = choose_tokens(logits.clone(), None)
@@ -81,6 +120,12 @@ def test_uniforms_depend_on_seed_and_place_alone() -> None:
     assert torch.equal(both[:, :6], row_uniforms([3, 4], 2, 6))
     assert torch.equal(both[0], row_uniforms([3], 1, 10)[0])
     assert len(torch.unique(row_uniforms([0, 1, 2, 2**32, 2**32 + 1, 2**63], 8, 1))) == 48
+
+
+def test_waves_are_bounded_by_rows_and_by_memory() -> None:
+    lengths = [7, 23, 1, 40, 12]
+    assert [len(wave) for wave in _waves(lengths, 2, 10, cache_tokens=10**6, max_rows=4)] == [2, 2, 1]
+    assert list(_waves(lengths, 2, 10, cache_tokens=100, max_rows=512)) == [[2, 0, 4], [1], [3]]
 
 
 def test_pack_keeps_order_and_limit() -> None:
@@ -149,6 +194,9 @@ def test_bad_prompts(prompts: list[list[int]], message: str) -> None:
         ({"group_size": 0}, "group_size 0"),
         ({"temperature": 0.001}, "temperature 0.001 must be 0"),
         ({"temperature": float("nan")}, "temperature nan"),
+        ({"top_p": 0.0}, "top_p 0.0 must be above 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p 1.5"),
+        ({"top_k": -1}, "top_k -1 must be 0"),
     ],
 )
 def test_bad_requests(changes: dict[str, object], message: str) -> None:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -148,6 +149,145 @@ def test_bfloat16_inputs_give_float32_log_probs() -> None:
     torch.testing.assert_close(log_probs.double(), expected, rtol=0.02, atol=0.05)
 
 
+def kept_of(logits: np.ndarray, top_p: float, top_k: int) -> np.ndarray:
+    """Which of (V,) logits top-k and top-p keep: a token stays while those more likely hold less than top_p."""
+    order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
+    if top_k:
+        order = [token for token in order if logits[token] >= logits[order[min(top_k, len(order)) - 1]]]
+    weights = np.exp(logits - logits.max())
+    total, above, kept = weights[order].sum(), 0.0, np.zeros(len(logits), dtype=bool)
+    for token in order:
+        if top_p < 1 and above >= top_p * total:
+            break
+        kept[token] = True
+        above += weights[token]
+    return kept
+
+
+def numpy_way(
+    hidden: np.ndarray, weight: np.ndarray, labels: np.ndarray, temperature: float, kept: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """log-probs and entropies over the tokens `kept` (T, V) alone."""
+    log_probs, entropies = [], []
+    for state, label, row in zip(hidden, labels, kept):
+        logits = (weight @ state / temperature)[row]
+        log_p = logits - np.log(np.exp(logits).sum())
+        log_probs.append(log_p[np.flatnonzero(row).tolist().index(label)])
+        entropies.append(-(np.exp(log_p) * log_p).sum())
+    return np.array(log_probs), np.array(entropies)
+
+
+def truncated_case(top_p: float, top_k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor, np.ndarray]:
+    """Labels that are kept, but for the last one, the least likely token; and the kept set with the labels in it."""
+    hidden, weight, _ = random_case(9, vocabulary=40)
+    logits = (hidden @ weight.T / temperature).numpy()
+    kept = np.stack([kept_of(row, top_p, top_k) for row in logits])
+    rng = np.random.default_rng(0)
+    labels = np.array([rng.choice(np.flatnonzero(row)) for row in kept])
+    labels[-1] = logits[-1].argmin()
+    assert not kept[-1, labels[-1]]
+    kept[np.arange(9), labels] = True
+    return hidden, weight, torch.from_numpy(labels), kept
+
+
+TRUNCATIONS = [(0.9, 0), (0.4, 0), (1.0, 5), (1.0, 1), (0.8, 12), (1e-9, 0)]
+
+
+@pytest.mark.parametrize("top_p, top_k", TRUNCATIONS[:3] + TRUNCATIONS[4:5])
+@pytest.mark.parametrize("chunk_size", [4, 256])
+def test_truncated_equals_numpy(top_p: float, top_k: int, chunk_size: int) -> None:
+    """Values against numpy, gradients against central differences with the kept set held."""
+    temperature = 0.7
+    hidden, weight, labels, kept = truncated_case(top_p, top_k, temperature)
+    hidden.requires_grad_(), weight.requires_grad_()
+    log_probs, entropy = token_log_probs(hidden, weight, labels, temperature, chunk_size, True, top_p, top_k)
+    assert entropy is not None
+    h, w, tokens = hidden.detach().numpy(), weight.detach().numpy(), labels.numpy()
+    expected = numpy_way(h, w, tokens, temperature, kept)
+    np.testing.assert_allclose(log_probs.detach(), expected[0], atol=1e-10)
+    np.testing.assert_allclose(entropy.detach(), expected[1], atol=1e-10)
+    alone, _ = token_log_probs(hidden, weight, labels, temperature, chunk_size, top_p=top_p, top_k=top_k)
+    torch.testing.assert_close(alone, log_probs, rtol=0, atol=1e-12)
+
+    upstream = np.random.default_rng(1).standard_normal((2, 9))
+    loss = torch.from_numpy(upstream[0]) @ log_probs + torch.from_numpy(upstream[1]) @ entropy
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    for array, gradient in zip((h, w), gradients):
+        for index in np.ndindex(*array.shape):
+            before, sums = array[index], []
+            for step in (1e-6, -1e-6):
+                array[index] = before + step
+                sums.append((upstream * np.stack(numpy_way(h, w, tokens, temperature, kept))).sum())
+            array[index] = before
+            assert gradient[index].item() == pytest.approx((sums[0] - sums[1]) / 2e-6, abs=1e-7)
+    (of_log_probs,) = torch.autograd.grad(alone @ torch.from_numpy(upstream[0]), hidden)
+    assert torch.isfinite(of_log_probs).all()
+
+
+@pytest.mark.parametrize("top_p, top_k", TRUNCATIONS)
+def test_a_label_outside_the_kept_set_is_added_to_it(top_p: float, top_k: int) -> None:
+    hidden, weight, labels, kept = truncated_case(top_p, top_k, 1.0)
+    hidden.requires_grad_()
+    log_probs, entropy = token_log_probs(hidden, weight, labels, with_entropy=True, top_p=top_p, top_k=top_k)
+    assert entropy is not None
+    others = kept[-1].nonzero()[0].tolist()
+    others.remove(int(labels[-1]))
+    logits = weight @ hidden[-1].detach()
+    # p = e^z_label / (e^z_label + sum over the kept set): below every kept token's
+    ratio = (logits[others] - logits[labels[-1]]).exp().sum()
+    assert log_probs[-1].item() == pytest.approx(-math.log1p(ratio.item()), abs=1e-12)
+    (gradient,) = torch.autograd.grad(log_probs.sum() + 0 * entropy.sum(), hidden)
+    assert torch.isfinite(gradient).all() and gradient.abs().max() > 0
+
+
+def test_truncation_that_keeps_all_is_the_plain_way_bit_by_bit() -> None:
+    hidden, weight, labels = random_case(6, width=16, vocabulary=50)
+    hidden, weight = hidden.float().requires_grad_(), weight.float().requires_grad_()
+    results = []
+    for options in ({}, {"top_p": 1.0, "top_k": 0}, {"top_k": 50}, {"top_k": 10**6}):
+        log_probs, entropy = token_log_probs(hidden, weight, labels, 0.7, with_entropy=True, **options)
+        assert entropy is not None
+        gradients = torch.autograd.grad(log_probs.sum() + entropy.sum(), (hidden, weight))
+        results.append((log_probs, entropy, *gradients))
+    for others in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], others))
+
+
+def test_equal_logits_at_the_border() -> None:
+    """logits 3 1 1 1 0: all equal to the 2nd largest are top-2; top-p keeps the lower indices of equal ones."""
+    weight = torch.tensor([[1.0], [3.0], [1.0], [0.0], [1.0]], dtype=torch.float64)
+    one = torch.ones(1, 1, dtype=torch.float64)
+
+    def entropy_of(**options: float) -> float:
+        entropy = token_log_probs(one, weight, torch.tensor([1]), with_entropy=True, **options)[1]
+        assert entropy is not None
+        return float(entropy)
+
+    def entropy_over(*logits: float) -> float:
+        return torch.distributions.Categorical(logits=torch.tensor(logits, dtype=torch.float64)).entropy().item()
+
+    assert entropy_of(top_k=2) == pytest.approx(entropy_over(3, 1, 1, 1))
+    # p of the four: .711 .096 .096 .096: two of them hold .807 and three .904
+    assert entropy_of(top_k=2, top_p=0.85) == pytest.approx(entropy_over(3, 1, 1))
+    assert entropy_of(top_p=0.7) == pytest.approx(entropy_over(3, 1))  # of all five .677 is too little
+    outside, _ = token_log_probs(one, weight, torch.tensor([4]), top_k=2, top_p=0.85)
+    inside, _ = token_log_probs(one, weight, torch.tensor([2]), top_k=2, top_p=0.85)
+    assert outside.item() == pytest.approx(1 - math.log(math.e**3 + 3 * math.e))
+    assert inside.item() == pytest.approx(1 - math.log(math.e**3 + 2 * math.e))
+
+
+def test_truncation_of_nan_logits_is_nan_and_no_crash() -> None:
+    hidden, weight, labels = random_case(3)
+    log_probs, _ = token_log_probs(hidden * float("nan"), weight, labels, top_p=0.9, top_k=3)
+    assert log_probs.isnan().all()
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0.0}, {"top_p": 1.1}, {"top_p": float("nan")}, {"top_k": -1}])
+def test_impossible_truncation(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="expected 0 < top_p <= 1 and top_k >= 0"):
+        token_log_probs(*random_case(2), **options)
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers the number of elements of the largest tensor that any operation returned."""
 
@@ -166,13 +306,13 @@ class LargestTensor(TorchDispatchMode):
 NUM_TOKENS, WIDTH, VOCABULARY, CHUNK = 96, 8, 512, 16
 
 
-@pytest.mark.parametrize("with_entropy", [False, True])
-def test_no_tensor_larger_than_a_chunk_of_logits(with_entropy: bool) -> None:
+@pytest.mark.parametrize("with_entropy, top_p", [(False, 1.0), (True, 1.0), (True, 0.9)])
+def test_no_tensor_larger_than_a_chunk_of_logits(with_entropy: bool, top_p: float) -> None:
     hidden, weight, labels = random_case(NUM_TOKENS, WIDTH, VOCABULARY)
     hidden.requires_grad_()
     weight.requires_grad_()
     with LargestTensor() as forward:
-        log_probs, entropy = token_log_probs(hidden, weight, labels, 1.0, CHUNK, with_entropy)
+        log_probs, entropy = token_log_probs(hidden, weight, labels, 1.0, CHUNK, with_entropy, top_p)
     total = log_probs.sum() if entropy is None else log_probs.sum() + entropy.sum()
     with LargestTensor() as backward:
         total.backward()

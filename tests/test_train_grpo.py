@@ -2,9 +2,11 @@
 
 import json
 import math
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from safetensors.torch import load_file
 
 import train_grpo
 from kaja.data import Example
-from kaja.engine import Completion
+from kaja.engine import Completion, EngineFailed, TorchEngine
 from kaja.reward import Verdict
 
 OPTIONS = (
@@ -99,6 +101,7 @@ def test_a_failed_verdict_takes_no_part(
 
     class Failing:
         name = "failing"
+        concurrent = False
 
         def judge(self, examples: Sequence[Example], completions: Sequence[str]) -> list[Verdict]:
             verdicts = judge.judge(examples, completions)
@@ -125,6 +128,32 @@ def test_a_sync_that_does_not_arrive_stops_the_run(
     result = grpo(model_folder, data_file, tmp_path / "run")
     assert result.returncode == 2
     assert "the engine does not hold the trainer's weights" in result.stderr
+
+
+def test_a_judge_that_mostly_fails_ends_the_run_with_a_checkpoint(
+    tmp_path: Path, model_folder: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = train_grpo.RuleJudge()
+
+    class Failing:
+        name = "failing"
+        concurrent = True
+
+        def judge(self, examples: Sequence[Example], completions: Sequence[str]) -> list[Verdict]:
+            verdicts = judge.judge(examples, completions)
+            return [Verdict(None, cause="gone") if i else v for i, v in enumerate(verdicts)]  # 3 of 4
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(train_grpo, "RuleJudge", Failing)
+    options = ("--max-steps", 6)
+    result = grpo(model_folder, data_file, tmp_path / "run", *options)
+    assert result.returncode == 2
+    assert "error: step 3: judge_failures 0.75, 0.75, 0.75 in the last 3 steps, above 0.5" in result.stderr
+    assert checkpoints_of(tmp_path / "run") == ["step_000003"]
+    again = grpo(model_folder, data_file, tmp_path / "run", *options, "--resume", "auto")
+    assert "error: step 4: judge_failures" in again.stderr  # it remembers the steps before
 
 
 @pytest.mark.gloo
@@ -177,8 +206,14 @@ def test_a_language_model_judges(tmp_path: Path, model_folder: Path, data_file: 
         (("--group-size", "1"), "group_size 1: must be at least 2"),
         (("--temperature", "0"), "temperature 0.0: must be above 0"),
         (("--judge-model", "/none"), "error: /none: no such model folder"),
-        (("--max-completion-tokens", "500"), "max_completion_tokens 500"),
+        (("--max-completion-tokens", "500"), "remove the 50 questions that are too long: test 0, test 1, test 2,"),
         (("--aggregation", "mean"), "mean"),
+        (("--clip-low", "-1"), "clip_low -1.0: must be at least 0"),
+        (("--kl-coef", "0", "--max-kl", "1"), "kl_coef 0: without it there is no reference"),
+        (("--top-p", "1.5"), "top_p 1.5: must be at most 1.0"),
+        (("--stream-weights", "safety"), "stream_weights safety: not NAME=NUMBER"),
+        (("--stream-weights", "safety=0"), "stream_weights safety=0: a weight must be above 0"),
+        (("--stream-weights", "borderline=1"), "stream_weights borderline=1: the data has no question of this stream"),
     ],
 )
 def test_wrong_options_are_one_line(
@@ -189,10 +224,22 @@ def test_wrong_options_are_one_line(
     assert expected in result.stderr and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize(("drop", "kept"), [("truncated", "stop"), ("no-spread", None)])
-def test_dropped_completions_are_not_trained_on(
-    tmp_path: Path, model_folder: Path, data_file: Path, drop: str, kept: str | None, monkeypatch: pytest.MonkeyPatch
+def test_the_policy_can_become_the_reference_and_a_resumed_run_knows_it(
+    tmp_path: Path, model_folder: Path, data_file: Path, finished: Path
 ) -> None:
+    options = ("--reset-reference-every", 2, "--max-steps", 5, "--save-every", 1)
+    assert grpo(model_folder, data_file, tmp_path / "run", *options).returncode == 0
+    rows = metrics_of(tmp_path / "run")
+    # Just reset (and at the start), the reference is the policy.
+    assert [row["kl"] == 0.0 for row in rows] == [True, False, True, False, True]
+    shutil.rmtree(tmp_path / "run/checkpoints/step_000005")  # the reference of step 4 is the policy after step 2
+    assert grpo(model_folder, data_file, tmp_path / "run", *options, "--resume", "auto").returncode == 0
+    assert metrics_of(tmp_path / "run") == rows
+
+
+@pytest.fixture
+def trained_on(monkeypatch: pytest.MonkeyPatch) -> list[train_grpo.Rollout]:
+    """The rollouts that enter the loss."""
     seen: list[train_grpo.Rollout] = []
     original = train_grpo.micro_batches
 
@@ -201,15 +248,88 @@ def test_dropped_completions_are_not_trained_on(
         return original(pairs, *rest)
 
     monkeypatch.setattr(train_grpo, "micro_batches", spy)
-    options = ("--max-steps", 1, "--max-completion-tokens", 60, "--drop", drop)
+    return seen
+
+
+def groups_of(samples: list[dict[str, object]]) -> list[list[dict[str, object]]]:
+    return [samples[start:start + 4] for start in range(0, len(samples), 4)]
+
+
+def has_spread(group: list[dict[str, object]]) -> bool:
+    return len({sample["score"] for sample in group}) > 1
+
+
+def test_truncated_completions_can_be_dropped(
+    tmp_path: Path, model_folder: Path, data_file: Path, trained_on: list[train_grpo.Rollout]
+) -> None:
+    options = ("--max-steps", 1, "--max-completion-tokens", 60, "--truncated", "drop")
+    assert grpo(model_folder, data_file, tmp_path / "run", *options).returncode == 0
+    stopped = [sample for sample in samples_of(tmp_path / "run", 1) if sample["finish_reason"] == "stop"]
+    assert 0 < len(trained_on) == len(stopped) < 40
+
+
+def test_long_completions_can_be_made_to_pay(tmp_path: Path, model_folder: Path, data_file: Path) -> None:
+    """DAPO, eq. 13, with 60 tokens of which the last 12 are the buffer: a cut completion loses 1."""
+    options = ("--max-steps", 1, "--max-completion-tokens", 60, "--truncated", "penalise")
     assert grpo(model_folder, data_file, tmp_path / "run", *options).returncode == 0
     samples = samples_of(tmp_path / "run", 1)
-    if kept:
-        expected = sum(sample["finish_reason"] == kept for sample in samples)
-    else:
-        groups = [samples[start:start + 4] for start in range(0, 40, 4)]
-        expected = sum(4 for group in groups if len({sample["score"] for sample in group}) > 1)
-    assert 0 < len(seen) == expected < 40
+    assert metrics_of(tmp_path / "run")[0]["reward"] == pytest.approx(sum(s["score"] / 5 for s in samples) / 40)
+    paid = 0
+    for group in groups_of(samples):
+        rewards = [s["score"] / 5 - min(1.0, max(0.0, (s["length"] - 48) / 12)) for s in group]
+        mean = sum(rewards) / 4
+        std = math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / 3)
+        expected = [(reward - mean) / (std + 1e-4) if std > 1e-6 else 0.0 for reward in rewards]
+        assert [s["advantage"] for s in group] == pytest.approx(expected, abs=1e-5)
+        paid += any(s["length"] > 48 for s in group)
+    assert paid
+
+
+def test_groups_without_spread_give_way_to_fresh_questions(
+    tmp_path: Path, model_folder: Path, data_file: Path, finished: Path, trained_on: list[train_grpo.Rollout]
+) -> None:
+    assert grpo(model_folder, data_file, tmp_path / "run", "--max-steps", 1, "--resample", 3).returncode == 0
+    before, after = groups_of(samples_of(finished, 1)), groups_of(samples_of(tmp_path / "run", 1))
+    first, row = metrics_of(finished)[0], metrics_of(tmp_path / "run")[0]
+    assert 0 < sum(map(has_spread, before)) < 10
+    for old, new in zip(before, after, strict=True):
+        assert old == new or not has_spread(old) and has_spread(new)
+    assert sum(map(has_spread, after)) > sum(map(has_spread, before))
+    assert len({group[0]["id"] for group in after}) == 10
+    assert len(trained_on) == 4 * sum(map(has_spread, after))
+    # What is reported is about the questions that the step began with.
+    assert row["reward"] == first["reward"] and row["groups_without_spread"] == first["groups_without_spread"]
+    assert row["groups_without_spread_after_resampling"] == pytest.approx(1 - sum(map(has_spread, after)) / 10)
+
+
+def test_streams_are_mixed_by_weight(tmp_path: Path, model_folder: Path, data_file: Path) -> None:
+    options = ("--max-steps", 3, "--stream-weights", "safety=4", "helpfulness=1")
+    assert grpo(model_folder, data_file, tmp_path / "run", *options).returncode == 0
+    ids = []
+    for step in (1, 2, 3):
+        groups = groups_of(samples_of(tmp_path / "run", step))
+        assert sum(group[0]["stream"] == "safety" for group in groups) == 8
+        ids += [group[0]["id"] for group in groups if group[0]["stream"] == "safety"]
+    assert len(set(ids)) == 24  # of 25: no question comes again before all have come
+
+
+def test_an_engine_that_fails_leaves_a_checkpoint_to_go_on_from(
+    tmp_path: Path, model_folder: Path, data_file: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, calls = TorchEngine.generate, []
+
+    def failing(self: TorchEngine, *arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise EngineFailed("no answer within 5 s")
+        return generate(self, *arguments, **options)
+
+    monkeypatch.setattr(TorchEngine, "generate", failing)
+    result = grpo(model_folder, data_file, tmp_path / "run")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "step 3: rank 0: no answer within 5 s; saved before it; go on with --resume auto" in result.stderr
+    assert grpo(model_folder, data_file, tmp_path / "run", "--resume", "auto").returncode == 0
+    assert metrics_of(tmp_path / "run") == metrics_of(finished)
 
 
 @pytest.mark.slow
@@ -247,6 +367,6 @@ def test_a_step_that_keeps_nothing_falls_back_on_a_judged_completion() -> None:
         train_grpo.Rollout(example, [1], completion, "", verdict)
         for verdict in (Verdict(None, cause="gone"), Verdict(3.0))
     )
-    config = train_grpo.Config("m", ("d",), "o", drop=("truncated",))
+    config = train_grpo.Config("m", ("d",), "o", truncated="drop")
     rewards = torch.tensor([[failed.reward, judged.reward]])
     assert train_grpo.keep([failed, judged], rewards, [0.0, 0.0], config) == [(judged, 0.0)]

@@ -14,8 +14,9 @@ from kaja.engine import Engine
 from kaja.errors import UserError
 from kaja.evals.answers import Answer, fingerprint, question_key
 from kaja.evals.statistics import bootstrap_mean, paired_difference
-from kaja.evals.suites import SUITES, refuses
+from kaja.evals.suites import SUITES
 from kaja.files import read_json
+from kaja.health import opens_with_refusal
 from kaja.reward import Judge, Verdict, count_failures, reward_of, rewards
 
 
@@ -105,7 +106,7 @@ def summarise(answers: Sequence[Answer], *, seed: int = 0) -> dict[str, Any]:
         "reward": number(estimate.mean),
         "interval": [number(estimate.low), number(estimate.high)],
         "failures": count_failures(verdicts),
-        "refusal_rate": number(share(sum(refuses(answer.completion) for answer in answers), total)),
+        "refusal_rate": number(share(sum(opens_with_refusal(answer.completion) for answer in answers), total)),
         "mean_tokens": number(share(sum(answer.num_tokens for answer in answers), total)),
         "cut_off_rate": number(share(sum(answer.finish_reason == "length" for answer in answers), total)),
         "histogram": histogram(verdicts),
