@@ -350,6 +350,26 @@ def test_real_vllm_samples_and_takes_over_the_weights(tmp_path: Path, data_file:
     assert len({sample["completion"] for sample in samples}) > 30
 
 
+@pytest.mark.slow
+@pytest.mark.gloo
+@pytest.mark.vllm
+@pytest.mark.xdist_group("vllm")
+def test_real_vllm_on_two_ranks_goes_on_with_the_same_prompts_and_seeds(tmp_path: Path, data_file: Path) -> None:
+    """What is sampled does not depend on the number of ranks, nor on an interruption."""
+    folder = make_model_folder(tmp_path / "model", head_dim=32)
+    options = ("--engine", "vllm", "--max-steps", 3, "--save-every", 1)
+    for name, ranks in (("one", 1), ("two", 2)):
+        result = grpo(folder, data_file, tmp_path / name, *options, ranks=ranks)
+        assert result.returncode == 0, result.stderr
+    assert samples_of(tmp_path / "one", 1) == samples_of(tmp_path / "two", 1)
+    assert all(row["sync_error"] < 1e-5 for row in metrics_of(tmp_path / "two"))
+    whole = samples_of(tmp_path / "one", 3)
+    shutil.rmtree(tmp_path / "one/checkpoints/step_000003")
+    assert grpo(folder, data_file, tmp_path / "one", *options, "--resume", "auto").returncode == 0
+    assert [sample["id"] for sample in samples_of(tmp_path / "one", 3)] == [sample["id"] for sample in whole]
+    assert [sample["completion"] for sample in samples_of(tmp_path / "one", 3)] == [s["completion"] for s in whole]
+
+
 def test_without_vllm_the_run_ends_before_weights_are_loaded(
     tmp_path: Path, model_folder: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
