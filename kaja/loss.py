@@ -525,6 +525,7 @@ def policy_loss(
     if correction != "none":
         of_tokens |= {"correction": raw_weights, "correction_squared": raw_weights.square()}
         of_tokens["correction_cut"] = raw_weights > correction_cap
+        of_tokens["correction_kl"] = raw_weights - 1 - raw_weights.log()  # k3 of KL(sampler || trainer)
     return loss, _token_stats(of_tokens, completion_mask)
 
 

@@ -154,6 +154,8 @@ def test_hand_worked_correction() -> None:
     assert summary["correction"] == pytest.approx(6.5 / 3)  # mean of the weights before the cut
     assert summary["correction_max"] == pytest.approx(4.0)
     assert summary["correction_cut"] == pytest.approx(1 / 3)
+    # k3 of the weights 4, 1 and 1.5: w - 1 - log w.
+    assert summary["correction_kl"] == pytest.approx((3 - math.log(4) + 0 + 0.5 - math.log(1.5)) / 3)
     assert summary["effective_sample_size"] == pytest.approx(6.5**2 / (3 * (16 + 1 + 2.25)))
 
 
