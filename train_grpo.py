@@ -169,6 +169,18 @@ class Config:
             raise UserError("data: no file of questions; name at least one with --data (or plan with --dry-run)")
 
 
+@dataclass(frozen=True)
+class Sampler:
+    """What it takes to get judged completions."""
+
+    chat: Chat
+    examples: list[Example]
+    prompts: list[list[int]]
+    quotas: dict[str, int]  # questions of each stream in a step; empty: as they come
+    engine: Engine
+    judge: Judge
+
+
 # Fields of Algorithm that are policy_loss's arguments of the same name.
 PLANNED_PROMPT = 512  # tokens of the longest prompt, where there is no data to tell
 OVERLONG_PART = 5  # of max_completion_tokens is DAPO's buffer, as in its paper (4,096 of 20,480)
@@ -187,7 +199,6 @@ def main(config: Config) -> None:
     output_dir = prepare_output_dir(config.output_dir, config, resume=config.resume == "auto", ranks=ranks)
     check_room(output_dir, shape, ranks, checkpoints=config.save_every > 0)
     examples, prompts, max_length = read_prompts(config, shape, chat, ranks)
-    total_steps = config.max_steps or steps_per_epoch(len(examples), config.prompts_per_step)
 
     sharding = Sharding(recompute_blocks(config.activation_checkpointing, ranks), config.cpu_offload)
     policy = load_model(source, ranks=ranks, sharding=sharding)
@@ -199,9 +210,24 @@ def main(config: Config) -> None:
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
     engine, judge = make_engines(config, source, shape, chat, max_length, ranks)
     sampler = Sampler(chat, examples, prompts, read_quotas(config, examples), engine, judge)
+    train(policy, reference, optimizer, sampler, max_length, config, output_dir, ranks)
+
+    save_model(policy, output_dir / "hf", source, ranks)
+    judge.close()
+    engine.close()
+    teardown()
+
+
+def train(
+    policy: CausalLM, reference: CausalLM | None, optimizer: torch.optim.Optimizer, sampler: Sampler,
+    max_length: int, config: Config, output_dir: Path, ranks: Ranks,
+) -> None:  # fmt: skip
+    """The loop: from the newest checkpoint, or the beginning, to the last step."""
+    engine, prompts = sampler.engine, sampler.prompts
+    total_steps = config.max_steps or steps_per_epoch(len(prompts), config.prompts_per_step)
     moving_reference = reference if config.algorithm.reset_reference_every else None
     state = resume_checkpoint(output_dir, policy, optimizer, ranks, moving_reference)
-    tokens = ([*prompt, *example.reference.encode()] for prompt, example in zip(prompts, examples))
+    tokens = ([*prompt, *example.reference.encode()] for prompt, example in zip(prompts, sampler.examples))
     data = check_same_data(state, fingerprint(tokens))
     sync(engine, policy, prompts[0], ranks)
     health = Health(HealthLimits(max_kl=config.algorithm.max_kl))
@@ -276,11 +302,6 @@ def main(config: Config) -> None:
                 checkpoints.close()
                 raise Stopped(step + 1, total_steps)
 
-    save_model(policy, output_dir / "hf", source, ranks)
-    judge.close()
-    engine.close()
-    teardown()
-
 
 def plan_settings(config: Config, max_length: int, world_size: int) -> GRPOSettings:
     return GRPOSettings(
@@ -337,7 +358,10 @@ def update_policy(
         total = add_stats(total, {"loss": loss.detach(), **stats})
     grad_norm = clip_gradients(policy, config.max_grad_norm)
     if not math.isfinite(grad_norm):
-        raise RuntimeError(f"the gradient's norm is {grad_norm}: nothing was updated; look at the samples of this step")
+        raise UserError(
+            f"the gradient's norm is {grad_norm}, and nothing was updated; lower --learning-rate, or look at what the "
+            f"engine's log-probs were; --resume auto goes on from the last checkpoint"
+        )
     optimizer.step()
     optimizer.zero_grad()
     sums = reduce_stats(total, ranks)
@@ -395,7 +419,10 @@ def rewards_of(rollouts: list[Rollout], config: Config) -> torch.Tensor:
         limit = config.max_completion_tokens
         rewards = rewards + overlong_penalty(lengths, limit, buffer=max(1, limit // OVERLONG_PART))
     if rewards.isnan().all():
-        raise RuntimeError(f"the judge gave no verdict at all; the first completion's: {rollouts[0].verdict}")
+        raise UserError(
+            f"the judge gave no verdict at all (of the first completion: {rollouts[0].verdict.cause}); mend it, "
+            f"--resume auto goes on from the last checkpoint"
+        )
     return rewards.view(-1, config.group_size)
 
 
@@ -418,18 +445,6 @@ def denominator(kept: list[tuple[Rollout, float]], config: Config) -> int:
     if config.algorithm.aggregation == "token":
         return sum(rollout.length for rollout, _ in kept)
     return len(kept) * (config.max_completion_tokens if config.algorithm.aggregation == "constant" else 1)
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """What it takes to get judged completions."""
-
-    chat: Chat
-    examples: list[Example]
-    prompts: list[list[int]]
-    quotas: dict[str, int]  # questions of each stream in a step; empty: as they come
-    engine: Engine
-    judge: Judge
 
 
 def roll_out(

@@ -26,7 +26,8 @@ ConfigT = TypeVar("ConfigT")
 # Fields that may differ between a run and its resumption: they do not change what is computed.
 NOT_COMPARED = (
     "output_dir", "data", "eval_data", "eval_every", "resume", "save_every", "show_data", "dry_run", "world_size",
-    "gpu_memory", "activation_checkpointing", "cpu_offload", "reduce_every", "compile", "replicas",
+    "gpu_memory", "max_kl", "generation_timeout", "activation_checkpointing", "cpu_offload", "reduce_every", "compile",
+    "replicas",
 )  # fmt: skip
 LOCK = ".lock"  # in the output folder, locked while a process works there
 # The file system's fault, not kaja's: full, over quota, read-only, or too large a file for it.
@@ -169,7 +170,9 @@ def _lock(folder: Path) -> None:
 def _check_same_config(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
     for name, value in new.items():
         now = list(value) if isinstance(value, tuple) else value  # JSON knows lists, not tuples
-        if name not in NOT_COMPARED and old.get(name) != now:
+        if isinstance(now, dict):  # a group of options: name the one that differs
+            _check_same_config(old.get(name) or {}, now, folder)
+        elif name not in NOT_COMPARED and old.get(name) != now:
             raise UserError(
                 f"{folder}/config.json: {name} was {old.get(name)!r} and is now {now!r}; a resumed run must "
                 f"compute the same; give the old value, or start anew in another --output-dir"

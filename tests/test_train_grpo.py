@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import train_grpo
 from kaja.data import Example
+from kaja.demo_judge import RuleJudge
 from kaja.engine import Completion, EngineFailed, TorchEngine
 from kaja.reward import Verdict
 
@@ -93,24 +94,43 @@ def test_later_updates_on_the_same_completions_move_the_ratio(
     assert rows[0]["correction"] == pytest.approx(1.0, abs=1e-5)  # at temperature 0.7 too
 
 
+def failing_judge(fails: Callable[[int], bool], *, concurrent: bool) -> type:
+    """The rule judge, but without a verdict for some places of what it is asked."""
+
+    class Failing(RuleJudge):
+        def judge(self, examples: Sequence[Example], completions: Sequence[str]) -> list[Verdict]:
+            verdicts = super().judge(examples, completions)
+            return [Verdict(None, cause="gone") if fails(place) else v for place, v in enumerate(verdicts)]
+
+    Failing.concurrent = concurrent
+    return Failing
+
+
+def test_a_judge_that_gives_no_verdict_at_all_is_one_line(
+    tmp_path: Path, model_folder: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_grpo, "RuleJudge", failing_judge(lambda place: True, concurrent=False))
+    result = grpo(model_folder, data_file, tmp_path / "run")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "error: the judge gave no verdict at all (of the first completion: gone)" in result.stderr
+
+
+def test_a_resumed_run_may_have_another_limit_but_not_another_loss(
+    tmp_path: Path, model_folder: Path, data_file: Path
+) -> None:
+    options = ("--max-steps", 2, "--save-every", 1)
+    assert grpo(model_folder, data_file, tmp_path / "run", *options).returncode == 0
+    again = (*options, "--resume", "auto")
+    assert grpo(model_folder, data_file, tmp_path / "run", *again, "--max-kl", 9).returncode == 0
+    result = grpo(model_folder, data_file, tmp_path / "run", *again, "--clip-low", 0.1)
+    assert result.returncode == 2 and "config.json: clip_low was 0.2 and is now 0.1" in result.stderr
+
+
 def test_a_failed_verdict_takes_no_part(
     tmp_path: Path, model_folder: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A judge that fails on every third completion: no advantage, no reward, and counted."""
-    judge = train_grpo.RuleJudge()
-
-    class Failing:
-        name = "failing"
-        concurrent = False
-
-        def judge(self, examples: Sequence[Example], completions: Sequence[str]) -> list[Verdict]:
-            verdicts = judge.judge(examples, completions)
-            return [Verdict(None, cause="gone") if i % 3 == 0 else v for i, v in enumerate(verdicts)]
-
-        def close(self) -> None:
-            pass
-
-    monkeypatch.setattr(train_grpo, "RuleJudge", Failing)
+    monkeypatch.setattr(train_grpo, "RuleJudge", failing_judge(lambda place: place % 3 == 0, concurrent=False))
     assert grpo(model_folder, data_file, tmp_path / "run", "--max-steps", 1).returncode == 0
     samples = samples_of(tmp_path / "run", 1)
     assert [s["score"] is None for s in samples] == [i % 3 == 0 for i in range(40)]
@@ -133,20 +153,8 @@ def test_a_sync_that_does_not_arrive_stops_the_run(
 def test_a_judge_that_mostly_fails_ends_the_run_with_a_checkpoint(
     tmp_path: Path, model_folder: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judge = train_grpo.RuleJudge()
-
-    class Failing:
-        name = "failing"
-        concurrent = True
-
-        def judge(self, examples: Sequence[Example], completions: Sequence[str]) -> list[Verdict]:
-            verdicts = judge.judge(examples, completions)
-            return [Verdict(None, cause="gone") if i else v for i, v in enumerate(verdicts)]  # 3 of 4
-
-        def close(self) -> None:
-            pass
-
-    monkeypatch.setattr(train_grpo, "RuleJudge", Failing)
+    # Asked group by group: 3 of 4 fail.
+    monkeypatch.setattr(train_grpo, "RuleJudge", failing_judge(lambda place: place > 0, concurrent=True))
     options = ("--max-steps", 6)
     result = grpo(model_folder, data_file, tmp_path / "run", *options)
     assert result.returncode == 2
