@@ -47,7 +47,8 @@ from kaja.evals.judged import (
 )
 from kaja.files import read_json, write_json, write_jsonl, write_text
 from kaja.report import write_report
-from kaja.reward import Judge, load_judge
+from kaja.engine_judge import load_judge
+from kaja.reward import Judge
 from kaja.rubric import RUBRIC_VERSION
 
 GPU_MEMORY = 0.85  # share that vLLM takes: the models come one at a time, with no trainer beside them

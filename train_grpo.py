@@ -50,7 +50,8 @@ from kaja.memory_plan import GIB, USABLE
 from kaja.model import CausalLM, ModelConfig
 from kaja.optim import is_due, learning_rate_at, parameter_groups, set_learning_rate
 from kaja.resume import CheckpointWriter, check_room, resume_checkpoint
-from kaja.reward import Judge, load_judge
+from kaja.engine_judge import load_judge
+from kaja.reward import Judge
 from kaja.rollouts import Judging, MicroBatch, Rollout, micro_batches, rollout_metrics, throughput
 from kaja.sync import check_sync
 from kaja.tracking import Stopwatch, Tracker, complete_rows

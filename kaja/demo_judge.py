@@ -33,7 +33,7 @@ MIN_REASON, MIN_ADVICE = 6, 12  # characters: less than this says nothing
 class RuleJudge:
     """Scores a completion by rules, from the question and the completion alone; deterministic."""
 
-    name = "rule"
+    name = identity = "rule"
     concurrent = True
 
     def judge(self, examples: Sequence[Example], completions: Sequence[str]) -> list[Verdict]:

@@ -1,28 +1,54 @@
 """From completions to rewards: a judge gives a verdict of 0 to 5 points, the reward is a fifth of it.
 
-A judgement can fail: the judge says nothing that is a score, or the question does not fit its
-context. Such a verdict has no score, its reward is NaN, and whoever averages leaves it out and
-counts it by cause. It is never taken for 0, which would teach the policy whatever confuses the judge.
+A judgement can fail: the judge says nothing that is a score, its server is gone, or the question does
+not fit its context. Such a verdict has no score, its reward is NaN, and whoever averages leaves it out
+and counts it by cause. It is never taken for 0, which would teach the policy whatever confuses the judge.
+
+| who judges                                   | module               |
+|----------------------------------------------|----------------------|
+| a server that speaks OpenAI's chat interface | kaja.server_judge    |
+| a model in this process, in pure torch       | kaja.engine_judge    |
+| rules, for the demo's tiny models            | kaja.demo_judge      |
+| one of these, as the options say             | kaja.judging         |
 """
 
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
 
-import torch
-
-from kaja.chat import Chat
-from kaja.checkpoint import load_chat, resolve_model
 from kaja.data import Example
-from kaja.engine import Engine, make_engine
-from kaja.files import read_json
-from kaja.rubric import RUBRIC_VERSION, judge_messages, parse_score
+from kaja.rubric import parse_score
 
 MAX_SCORE = 5.0
-MAX_JUDGE_LENGTH = 4096  # tokens of a judge's prompt and answer; more would only take memory
-JUDGE_TOKENS = 32  # the rubrics ask for a digit alone; the rest is for judges that say 「採点：4点」
+
+# Why a verdict has no score.
+TOO_LONG = "prompt too long"  # for the judge's context
+EMPTY = "empty"  # the judge said nothing
+UNCLEAR = "no clear score"  # no score, several, or one outside 0 to 5
+NO_LOG_PROBS = "no log-probs"  # the expected score was asked for, and the digits' probabilities did not come
+REFUSED = "refused"  # the judge, or a filter in front of it, would not answer
+REJECTED = "request rejected"  # the server says that the request is at fault
+TIMEOUT = "timeout"
+OVERLOADED = "overloaded"  # 429 or 503, again and again
+SERVER_ERROR = "server error"  # another 5xx, or what came back is not what a server says
+SERVER_GONE = "server gone"  # no connection
+# Asking again can help with these; the others are what the judge has to say.
+TRANSIENT = frozenset({TIMEOUT, OVERLOADED, SERVER_ERROR, SERVER_GONE})
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a verdict took. All zero where nothing was asked: the rule judge, or a verdict that was remembered."""
+
+    seconds: float = 0.0
+    """From sending the first request to reading the last answer, waiting and tries included."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of prompt_tokens, those that the judge's prefix cache held."""
+    completion_tokens: int = 0
+    tries: int = 0
 
 
 @dataclass(frozen=True)
@@ -32,6 +58,8 @@ class Verdict:
     score: float | None
     cause: str = ""
     text: str = ""  # what the judge said, word for word
+    cost: Cost = field(default=Cost(), compare=False)
+    remembered: bool = field(default=False, compare=False)  # came from the cache (kaja.verdict_cache)
 
     def __post_init__(self) -> None:
         if (self.score is None) != bool(self.cause):
@@ -44,8 +72,10 @@ class Judge(Protocol):
     """Whoever scores completions. `name` goes into every table: a rule is never passed off as an LLM."""
 
     name: str
+    identity: str
+    """All that a verdict depends on besides the example and the completion: model, rubric, reading, votes."""
     concurrent: bool
-    """Whether `judge` may be called from another thread while this process generates."""
+    """Whether `judge` may be called from several threads while this process generates."""
 
     def judge(self, examples: Sequence[Example], completions: Sequence[str]) -> list[Verdict]:
         """One verdict per (example, completion), in order."""
@@ -54,72 +84,18 @@ class Judge(Protocol):
     def close(self) -> None: ...
 
 
-class LLMJudge:
-    """A language model that reads the rubric, the question, the reference answer and the completion.
-
-    Greedy, so that the same completion always gets the same verdict; equal prompts (in a GRPO group
-    completions repeat) are therefore asked once.
-    """
-
-    concurrent = False  # its engine computes where the policy's does
-
-    def __init__(self, engine: Engine, chat: Chat, *, name: str, max_length: int) -> None:
-        self.engine = engine
-        self.chat = chat
-        self.name = name
-        self.rubric_version = RUBRIC_VERSION
-        self.max_prompt_length = max_length - JUDGE_TOKENS
-
-    def judge(self, examples: Sequence[Example], completions: Sequence[str]) -> list[Verdict]:
-        prompts = [
-            tuple(
-                self.chat.encode_prompt(
-                    judge_messages(
-                        example.stream,
-                        example.question,
-                        example.reference,
-                        completion,
-                        eval_aspect=example.eval_aspect,
-                    )
-                )
-            )
-            for example, completion in zip(examples, completions, strict=True)
-        ]
-        # dict, not set: the order must not depend on hashes.
-        asked = list(dict.fromkeys(prompt for prompt in prompts if len(prompt) <= self.max_prompt_length))
-        batch = [list(prompt) for prompt in asked]
-        groups = self.engine.generate(batch, max_tokens=JUDGE_TOKENS, temperature=0.0, seeds=[0] * len(batch))
-        texts = {
-            prompt: self.chat.decode(group[0].token_ids) for prompt, group in zip(asked, groups, strict=True)
-        }
-        return [read_verdict(texts.get(prompt)) for prompt in prompts]
-
-    def close(self) -> None:
-        self.engine.close()
-
-
-def load_judge(
-    model: str, engine_kind: str, device: torch.device, template: str = "auto", **engine_options: Any
-) -> LLMJudge:
-    """The judge in a model folder or on the hub, in an engine of its own (options: see make_engine)."""
-    folder = resolve_model(model)
-    chat = load_chat(folder, template)
-    max_length = min(read_json(folder / "config.json").get("max_position_embeddings", 2048), MAX_JUDGE_LENGTH)
-    engine = make_engine(
-        engine_kind, folder, stop_token_ids=chat.stop_token_ids, max_length=max_length, device=device,
-        **engine_options,
-    )  # fmt: skip
-    return LLMJudge(engine, chat, name=model, max_length=max_length)
+class JudgeFailed(Exception):
+    """Too many verdicts failed, and asking again did not help. One line: what failed, how often, what to do."""
 
 
 def read_verdict(text: str | None) -> Verdict:
-    """What the judge said, as a verdict; None stands for a prompt it could not be asked."""
+    """What a judge wrote freely, as a verdict; None stands for a prompt it could not be asked."""
     if text is None:
-        return Verdict(None, cause="prompt too long")
+        return Verdict(None, cause=TOO_LONG)
     if not text.strip():
-        return Verdict(None, cause="empty", text=text)
+        return Verdict(None, cause=EMPTY, text=text)
     score = parse_score(text)
-    return Verdict(score, cause="no clear score" if score is None else "", text=text)
+    return Verdict(score, cause=UNCLEAR if score is None else "", text=text)
 
 
 def reward_of(verdict: Verdict) -> float:

@@ -15,17 +15,18 @@ LAYERS = {
     1: ("distributed", "tracking", "files", "cli"),
     2: (
         "data", "batching", "checkpoint", "resume", "memory_plan", "grpo_plan", "dry_run",
-        "sampling", "sync", "engine",
+        "sampling", "sync", "engine", "supervisor", "judge_server", "contamination",
     ),
     3: (
-        "reward", "rollouts", "health", "synthesis", "evals", "merge", "charts", "report",
+        "reward", "server_judge", "engine_judge", "verdict_cache", "judge_watch", "judging", "rollouts", "health",
+        "filters", "dedup", "synthesis", "dataset_card", "evals", "merge", "charts", "report",
         "demo", "demo_corpus", "demo_judge", "demo_pretrain", "demo_teacher",
     ),
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 
 # May be missing: imported inside a function that turns ImportError into a line saying how to install it.
-OPTIONAL = ("vllm", "torch.utils.tensorboard", "tensorboard", "matplotlib", "datasets", "pyarrow")
+OPTIONAL = ("vllm", "torch.utils.tensorboard", "tensorboard", "matplotlib", "datasets", "pyarrow", "datasketch")
 # Layer 0 is mathematics and text: nothing of these, nothing of the file system.
 NOT_IN_LAYER_0 = ("os", "pathlib", "shutil", "subprocess", "socket", "urllib", "torch.distributed")
 UNSAFE_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve")

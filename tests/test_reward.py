@@ -9,12 +9,11 @@ from kaja.checkpoint import load_chat
 from kaja.chat import Chat
 from kaja.data import Example
 from kaja.engine import Completion
+from kaja.engine_judge import JUDGE_TOKENS, EngineJudge, load_judge
 from kaja.reward import (
-    JUDGE_TOKENS,
-    LLMJudge,
+    EngineJudge,
     Verdict,
     count_failures,
-    load_judge,
     read_verdict,
     reward_of,
     rewards,
@@ -52,8 +51,8 @@ def chat(model_folder: Path) -> Chat:
     return load_chat(model_folder)
 
 
-def judge_saying(chat: Chat, reply, max_length: int = 4096) -> LLMJudge:
-    return LLMJudge(Parrot(chat, reply), chat, name="a-judge", max_length=max_length)
+def judge_saying(chat: Chat, reply, max_length: int = 4096) -> EngineJudge:
+    return EngineJudge(Parrot(chat, reply), chat, name="a-judge", max_length=max_length)
 
 
 def test_reward_is_a_fifth_of_the_score() -> None:
