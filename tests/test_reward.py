@@ -11,7 +11,6 @@ from kaja.data import Example
 from kaja.engine import Completion
 from kaja.engine_judge import JUDGE_TOKENS, EngineJudge, load_judge
 from kaja.reward import (
-    EngineJudge,
     Verdict,
     count_failures,
     read_verdict,
