@@ -53,19 +53,17 @@ def ladder() -> None:
 
 
 def grpo() -> None:
-    """Peaks without keys and values, by which engines sleep, and how many completions the rest holds."""
-    print("\n| GRPO, GiB per GPU, 8 x 80 GB | no engine sleeps | the policy's | both | completions at a time |")
+    """Peaks without keys and values, and how many completions the rest holds, with and without sleep and judge."""
+    print("\n| GRPO, GiB per GPU, 8 x 80 GB | no engine sleeps | the policy's | and the judge has other GPUs | completions |")
     print(f"|---|{'---|' * 4}")
     for size in LADDER:
-        config, cells = model_config_of(f"llm-jp/llm-jp-3-{size}"), []
-        for sleep in ("none", "policy", "both"):
-            plan = plan_grpo(config, ELYZA_JUDGE, GRPOSettings(sleep=sleep), 80)
+        config, cells, held = model_config_of(f"llm-jp/llm-jp-3-{size}"), [], []
+        for sleep, judge in (("none", ELYZA_JUDGE), ("policy", ELYZA_JUDGE), ("policy", None)):
+            plan = plan_grpo(config, judge, GRPOSettings(sleep=sleep), 80)
             least = max(phase.peak - phase.keys_values for phase in plan.phases.values()) / GIB
             cells.append(f"{least:.1f}{'' if plan.fits else ' (over 80 GB)'}")
-            at_a_time = f"{plan.policy.at_a_time} of {plan.policy.sequences}"
-            if sleep == "policy":
-                held = at_a_time
-        print(f"| {size} | {' | '.join(cells)} | {held}, {at_a_time} |")
+            held.append(f"{plan.policy.at_a_time} of {plan.policy.sequences}")
+        print(f"| {size} | {' | '.join(cells)} | {', '.join(held[1:])} |")
 
 
 def comparison() -> None:

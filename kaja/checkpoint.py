@@ -4,6 +4,7 @@ No rank ever holds a full copy: weights are read slice by slice into each rank's
 tensor by tensor into files that the ranks write side by side. Everything is safetensors and JSON.
 """
 
+import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from kaja.model import CausalLM, ModelConfig
 
 MAX_SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
+SAMPLE = 1 << 20  # bytes read at each end of a weights file for its fingerprint
 # What belongs to a model beside its weights; copied as it is.
 COMPANIONS = (
     "generation_config.json",
@@ -176,6 +178,25 @@ def _token_id(tokenizer: Tokenizer, config: dict[str, Any], key: str) -> int | N
     token = config.get(key)
     text = token.get("content") if isinstance(token, dict) else token
     return None if text is None else tokenizer.token_to_id(text)
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """A short hash that changes when a model folder is trained anew.
+
+    Of each weights file its size and its two ends: training moves every tensor, and reading 26 GB
+    whole would cost more than the first answers.
+    """
+    digest = hashlib.sha256()
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    small = [folder / name for name in names if (folder / name).exists()]
+    for path in small + sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(SAMPLE))
+            file.seek(max(0, size - SAMPLE))
+            digest.update(file.read(SAMPLE))
+    return digest.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------

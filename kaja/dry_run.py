@@ -264,22 +264,19 @@ def _difference(settings: Settings, changed: Settings) -> str:
 # GRPO
 # ---------------------------------------------------------------------------------------------------
 
-AWAKE: dict[Sleep, str] = {
-    "both": "each engine in its phase only",
-    "policy": "the judge; the policy's except in training",
-    "none": "both engines always",
-}
+AWAKE: dict[Sleep, str] = {"policy": "except in training", "none": "always"}  # the policy's engine
 
 
-def _awake(sleep: Sleep, judge: dict[str, Any] | None) -> str:
-    if judge is None:
-        return "the policy's engine always" if sleep == "none" else "the policy's engine except in training"
-    return AWAKE[sleep]
+def dry_run_grpo(
+    model: str, judge_model: str, settings: GRPOSettings, gpu_memory: float, *, judge_apart: bool = False
+) -> str:
+    """What `train_grpo.py --dry-run` prints: the memory of each phase.
 
-
-def dry_run_grpo(model: str, judge_model: str, settings: GRPOSettings, gpu_memory: float) -> str:
-    """What `train_grpo.py --dry-run` prints: the memory of each phase; `gpu_memory` in GB as on the box."""
-    config, judge = model_config_of(model), judge_config_of(judge_model)
+    Args:
+        gpu_memory: in GB as on the box.
+        judge_apart: the judge has GPUs of its own, or is behind a URL.
+    """
+    config, judge = model_config_of(model), None if judge_apart else judge_config_of(judge_model)
     plan = plan_grpo(config, judge, settings, gpu_memory)
     offload, checkpointing = (
         "with" if chosen else "no" for chosen in (settings.cpu_offload, settings.activation_checkpointing)
@@ -288,7 +285,8 @@ def dry_run_grpo(model: str, judge_model: str, settings: GRPOSettings, gpu_memor
     bits = f" ({quantization['bits']}-bit AWQ)" if quantization else ""
     return "\n".join((
         f"{model}: {parameter_count(config):,} parameters on {settings.world_size} x {gpu_memory:g} GB",
-        f"Judge: {judge_model}{bits or ('' if judge else ', no engine')}. Awake: {_awake(settings.sleep, judge)}",
+        f"Judge: {judge_model}{bits}{'' if judge else ', not on these GPUs'}. "
+        f"The policy's engine is awake {AWAKE[settings.sleep]}",
         f"{settings.prompts_per_step} prompts x {settings.group_size} completions of at most "
         f"{settings.max_completion_tokens} tokens; streams of {settings.micro_batch_size} x {settings.max_length:,}, "
         f"{checkpointing} checkpointing, {offload} offload",
@@ -313,9 +311,9 @@ def _phase_lines(plan: GRPOPlan, settings: GRPOSettings, gpu_memory: float) -> I
         "weights on their way to the engine": "transfer",
         "policy's engine: weights, CUDA graphs": "policy_engine",
         "policy's engine: keys and values": "policy_keys_values",
-        "judge's engine: weights, CUDA graphs": "judge_engine",
-        "judge's engine: keys and values": "judge_keys_values",
-        "activations of the engine at work": "engine_activations",
+        "judge's server: weights, CUDA graphs, context": "judge_engine",
+        "judge's server: keys and values": "judge_keys_values",
+        "activations of the engines at work": "engine_activations",
         "margin (CUDA, NCCL, fragments)": "margin",
         "peak": "peak",
     }
@@ -332,16 +330,13 @@ def _phase_lines(plan: GRPOPlan, settings: GRPOSettings, gpu_memory: float) -> I
 def _sleep_lines(
     config: ModelConfig, judge: dict[str, Any] | None, settings: GRPOSettings, gpu_memory: float
 ) -> Iterator[str]:
-    """The peaks that each way of sleeping leaves for keys and values."""
-    plans = {
-        sleep: plan_grpo(config, judge, replace(settings, sleep=sleep), gpu_memory)
-        for sleep in AWAKE if judge or sleep != "policy"
-    }  # fmt: skip
-    phases = next(iter(plans.values())).phases
-    yield f"{'Without keys and values, if awake are':<46}" + "".join(f"{phase:>12}" for phase in phases)
+    """What is needed besides keys and values, with and without sleep."""
+    plans = {sleep: plan_grpo(config, judge, replace(settings, sleep=sleep), gpu_memory) for sleep in AWAKE}
+    phases = plans["policy"].phases
+    yield f"{'But for keys and values, policy engine awake':<46}" + "".join(f"{phase:>12}" for phase in phases)
     for sleep, plan in plans.items():
         sizes = (phase.peak - phase.keys_values for phase in plan.phases.values())
-        yield f"  {_awake(sleep, judge):<44}" + "".join(f"{size / GIB:>12.1f}" for size in sizes)
+        yield f"  {AWAKE[sleep]:<44}" + "".join(f"{size / GIB:>12.1f}" for size in sizes)
 
 
 def _cache_lines(plan: GRPOPlan) -> Iterator[str]:
@@ -357,7 +352,7 @@ def _cache_lines(plan: GRPOPlan) -> Iterator[str]:
 def _host_lines(config: ModelConfig, plan: GRPOPlan, settings: GRPOSettings) -> Iterator[str]:
     writing = 3 * FLOAT32 * parameter_count(config, settings.world_size) * min(GPUS_PER_NODE, settings.world_size)
     parts = {
-        "sleeping engines": plan.host_slept, "offloaded": plan.host_offloaded,
+        "sleeping engine": plan.host_slept, "offloaded": plan.host_offloaded,
         "while a checkpoint is written": writing,
     }  # fmt: skip
     named = ", ".join(f"{label} {size / GIB:,.0f}" for label, size in parts.items() if size)
@@ -372,23 +367,26 @@ def recommendation_grpo(
     plan = plan_grpo(config, judge, settings, gpu_memory)
     if plan.fits:
         return f"Fits {machine} as it is, fullest in {plan.peak_phase}, with {_at_a_time(plan)}."
-    here = list(_cheaper_grpo(settings, has_judge=judge is not None))
+    here = list(_cheaper_grpo(settings, judge))
     wider = (replace(settings, world_size=settings.world_size * 2**doublings) for doublings in range(1, 5))
-    there = [changed for more in wider for changed in _cheaper_grpo(more, judge is not None) if not changed.cpu_offload]
+    there = [variant for more in wider for variant in _cheaper_grpo(more, judge) if not variant[0].cpu_offload]
     answers = []
     for variants in (here, there):
-        plans = ((changed, plan_grpo(config, judge, changed, gpu_memory)) for changed in variants)
-        if found := next(((changed, plan) for changed, plan in plans if plan.fits), None):
-            answers.append(f"{_grpo_difference(settings, found[0])} ({_at_a_time(found[1])})")
-            if not found[0].cpu_offload:
+        plans = ((changed, plan_grpo(config, beside, changed, gpu_memory), beside) for changed, beside in variants)
+        if found := next(((changed, plan, beside) for changed, plan, beside in plans if plan.fits), None):
+            changed, plan, beside = found
+            answers.append(f"{_grpo_difference(settings, changed, beside != judge)} ({_at_a_time(plan)})")
+            if not changed.cpu_offload:
                 break
     if answers:
         return f"Does not fit {machine} as it is; fits {', or '.join(answers)}."
-    least = plan_grpo(config, judge, here[-1], gpu_memory)
+    changed, beside = here[-1]
+    least = plan_grpo(config, beside, changed, gpu_memory)
     fullest = least.phases[least.peak_phase]
     return (
-        f"Does not fit GPUs of {gpu_memory:g} GB, however many: even {_grpo_difference(settings, here[-1])}, "
-        f"{least.peak_phase} takes {(fullest.peak - fullest.keys_values) / GIB:.1f} GiB; take larger ones."
+        f"Does not fit GPUs of {gpu_memory:g} GB, however many: even "
+        f"{_grpo_difference(settings, changed, beside != judge)}, {least.peak_phase} takes "
+        f"{(fullest.peak - fullest.keys_values) / GIB:.1f} GiB; take larger ones."
     )
 
 
@@ -396,29 +394,28 @@ def _at_a_time(plan: GRPOPlan) -> str:
     return f"{plan.policy.at_a_time} of a rank's {plan.policy.sequences} completions at a time"
 
 
-def _cheaper_grpo(settings: GRPOSettings, has_judge: bool) -> Iterator[GRPOSettings]:
-    """Settings that need less memory; those that cost less time come first."""
-    ways: tuple[Sleep, ...] = ("both",) if settings.sleep == "both" else ("policy", "both")
+def _cheaper_grpo(
+    settings: GRPOSettings, judge: dict[str, Any] | None
+) -> Iterator[tuple[GRPOSettings, dict[str, Any] | None]]:
+    """Settings, and a judge on these GPUs or not, that need less memory; those that cost less come first."""
     for offload in sorted({settings.cpu_offload, True}):
-        for sleep in ways if has_judge else ways[:1]:
+        for beside in (judge, None) if judge else (None,):
             for halvings in range(settings.micro_batch_size.bit_length()):
                 yield replace(
-                    settings, activation_checkpointing=True, cpu_offload=offload, sleep=sleep,
-                    policy_kv_cache_bytes=None, judge_kv_cache_bytes=None, gpu_memory_utilization=None,
-                    micro_batch_size=settings.micro_batch_size >> halvings,
-                )  # fmt: skip
+                    settings, activation_checkpointing=True, cpu_offload=offload, sleep="policy",
+                    judge_memory=0.0, micro_batch_size=settings.micro_batch_size >> halvings,
+                ), beside  # fmt: skip
 
 
-def _grpo_difference(settings: GRPOSettings, changed: GRPOSettings) -> str:
+def _grpo_difference(settings: GRPOSettings, changed: GRPOSettings, judge_moved: bool) -> str:
     """What leads from one to the other, in words."""
-    cache_given = (settings.policy_kv_cache_bytes, settings.judge_kv_cache_bytes, settings.gpu_memory_utilization)
     changes = {
         f"on {changed.world_size} GPUs": changed.world_size != settings.world_size,
         "with --activation-checkpointing on": changed.activation_checkpointing != settings.activation_checkpointing,
         f"with --micro-batch-size {changed.micro_batch_size}": changed.micro_batch_size != settings.micro_batch_size,
         "with --cpu-offload": changed.cpu_offload != settings.cpu_offload,
-        "if the policy's engine sleeps while the trainer works": settings.sleep == "none",
-        "if the judge sleeps too, in a process of its own": changed.sleep == "both" != settings.sleep,
-        "with the keys and values that are left": cache_given != (None, None, None),
+        "if the policy's engine sleeps while the trainer works": changed.sleep != settings.sleep,
+        "without --judge-memory": changed.judge_memory != settings.judge_memory,
+        "with the judge on other GPUs (--judge-gpus, --judge-url)": judge_moved,
     }
     return ", ".join(change for change, differs in changes.items() if differs)

@@ -12,7 +12,7 @@ import gc
 import os
 import random
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch.distributed as dist
 from kaja.checkpoint import load_model
 from kaja.errors import UserError
 from kaja.files import read_json
+from kaja.loss import _scaled_logits
 from kaja.model import CausalLM, ModelConfig
 from kaja.sampling import (
     PACK_TOKENS,
@@ -38,6 +39,9 @@ from kaja.sampling import (
     cache_bytes_per_token,
     check_prompts,
     check_request,
+    each_limit,
+    pack,
+    packed_stream,
     row_uniforms,
     sample_wave,
 )
@@ -47,6 +51,8 @@ from kaja.sync import NamedTensors, WeightCheck, sequence_log_probs
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 # Rows decoded together by TorchEngine: more gain nothing on a CPU, and each costs V floats.
 MAX_ROWS = 512
+# Last positions that go through the output head together in next_token_log_probs: V floats each.
+HEAD_ROWS = 256
 
 
 NO_VLLM = (
@@ -63,7 +69,7 @@ class Engine(Protocol):
         prompts: list[list[int]],
         *,
         group_size: int = 1,
-        max_tokens: int,
+        max_tokens: int | Sequence[int],
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
@@ -75,6 +81,7 @@ class Engine(Protocol):
 
         Args:
             prompts: token ids; each must leave room for max_tokens in the engine's max_length.
+            max_tokens: longest completion: one number for all prompts, or one for each.
             temperature: 0 is greedy (all completions of a group equal, log-probs at temperature 1);
                 else at least 0.01, and log-probs are those of the tempered distribution.
             top_p, top_k: sample, after the temperature, only from the top_k most likely tokens (0: all), and
@@ -188,29 +195,32 @@ class TorchEngine:
         self._weights = WeightCheck(model.config)
 
     def generate(
-        self, prompts: list[list[int]], *, group_size: int = 1, max_tokens: int, temperature: float = 1.0,
-        top_p: float = 1.0, top_k: int = 0, seeds: list[int], timeout: float | None = None,
+        self, prompts: list[list[int]], *, group_size: int = 1, max_tokens: int | Sequence[int],
+        temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, seeds: list[int], timeout: float | None = None,
         on_group: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:  # fmt: skip
         """See Engine.generate."""
         self._weights.require()
-        check_request(prompts, seeds, group_size, max_tokens, temperature, top_p, top_k, timeout)
-        check_prompts(prompts, max_tokens, self.max_length, self.model.config.vocab_size)
+        check_request(prompts, seeds, group_size, temperature, top_p, top_k, timeout)
+        limits = each_limit(max_tokens, len(prompts))
+        check_prompts(prompts, limits, self.max_length, self.model.config.vocab_size)
         greedy = temperature == 0
         rows, copies = (1, group_size) if greedy else (group_size, 1)
 
         def attempt(indices: list[int], check: Callable[[int], None]) -> _Groups:
             later = len(indices) * rows
             lengths = [len(prompts[index]) for index in indices]
-            for wave in _waves(lengths, rows, max_tokens, self.cache_tokens, self.max_rows):
+            own_limits = [limits[index] for index in indices]
+            for wave in _waves(lengths, rows, own_limits, self.cache_tokens, self.max_rows):
                 chosen = [indices[place] for place in wave]
+                limit = limits[chosen[0]]  # of the whole wave
                 later -= len(chosen) * rows
                 groups = sample_wave(
                     self.model,
                     [prompts[index] for index in chosen],
-                    None if greedy else row_uniforms([seeds[index] for index in chosen], rows, max_tokens),
+                    None if greedy else row_uniforms([seeds[index] for index in chosen], rows, limit),
                     group_size=rows,
-                    max_tokens=max_tokens,
+                    max_tokens=limit,
                     temperature=1.0 if greedy else temperature,
                     top_p=1.0 if greedy else top_p,
                     top_k=0 if greedy else top_k,
@@ -225,8 +235,28 @@ class TorchEngine:
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """See Engine.score."""
         self._weights.require()
-        check_prompts(sequences, 0, self.max_length, self.model.config.vocab_size)
+        check_prompts(sequences, [0] * len(sequences), self.max_length, self.model.config.vocab_size)
         return sequence_log_probs(self.model, sequences)
+
+    @torch.inference_mode()
+    def next_token_log_probs(self, prompts: list[list[int]], token_ids: list[int]) -> list[list[float]]:
+        """Log-probs at temperature 1, over the whole vocabulary, of each of `token_ids` as the token after each prompt.
+
+        The prompts run as packed streams, and only their last positions go through the output head: a prompt
+        costs its prefill and one row of logits, nothing is sampled and no key or value is kept.
+        """
+        self._weights.require()
+        check_prompts(prompts, [0] * len(prompts), self.max_length, self.model.config.vocab_size)
+        weight = self.model.lm_head.weight
+        chosen = torch.tensor(token_ids, device=weight.device)
+        rows: list[list[float]] = []
+        for run in pack([len(prompt) for prompt in prompts], PACK_TOKENS) if prompts else []:
+            stream = packed_stream([prompts[index] for index in run], weight.device)
+            ends = stream[2][1:].long() - 1
+            for hidden in self.model(*stream)[ends].split(HEAD_ROWS):
+                logits = _scaled_logits(hidden, weight, 1.0)
+                rows += (logits[:, chosen] - logits.logsumexp(-1, keepdim=True)).tolist()
+        return rows
 
     @torch.no_grad()
     def load_weights(self, named_tensors: NamedTensors) -> None:
@@ -376,24 +406,25 @@ class VLLMEngine:
         return min(max(64 << 20, 16 * self.max_length * per_token), 4 << 30)
 
     def generate(
-        self, prompts: list[list[int]], *, group_size: int = 1, max_tokens: int, temperature: float = 1.0,
-        top_p: float = 1.0, top_k: int = 0, seeds: list[int], timeout: float | None = None,
+        self, prompts: list[list[int]], *, group_size: int = 1, max_tokens: int | Sequence[int],
+        temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, seeds: list[int], timeout: float | None = None,
         on_group: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:  # fmt: skip
         """See Engine.generate."""
-        check_request(prompts, seeds, group_size, max_tokens, temperature, top_p, top_k, timeout)
-        check_prompts(prompts, max_tokens, self.max_length, self.hf_config["vocab_size"])
+        check_request(prompts, seeds, group_size, temperature, top_p, top_k, timeout)
+        limits = each_limit(max_tokens, len(prompts))
+        check_prompts(prompts, limits, self.max_length, self.hf_config["vocab_size"])
         if timeout is not None and self.tensor_parallel_size > 1:
             raise UserError("timeout: the ranks of one engine would stop at different steps; leave it out")
         copies = group_size if temperature == 0 else 1  # vLLM refuses n > 1 when greedy
         parameters = [
             self._vllm.SamplingParams(
-                n=group_size // copies, seed=_request_seed(seed), max_tokens=max_tokens,
+                n=group_size // copies, seed=_request_seed(seed), max_tokens=limit,
                 temperature=temperature, top_p=top_p, top_k=top_k, detokenize=False,
                 stop_token_ids=self.stop_token_ids, ignore_eos=True,  # only these count, as in TorchEngine
                 logprobs=0,  # of the sampled token only
             )  # fmt: skip
-            for seed in seeds
+            for seed, limit in zip(seeds, limits)
         ]
 
         def attempt(indices: list[int], check: Callable[[int], None]) -> _Groups:
@@ -406,7 +437,7 @@ class VLLMEngine:
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """See Engine.score. The last token is scored as the first new one: max_length is enough for all."""
-        check_prompts(sequences, 0, self.max_length, self.hf_config["vocab_size"])
+        check_prompts(sequences, [0] * len(sequences), self.max_length, self.hf_config["vocab_size"])
         chosen = [sequence for sequence in sequences if len(sequence) > 1]
         parameters = [
             self._vllm.SamplingParams(

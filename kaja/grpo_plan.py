@@ -1,14 +1,16 @@
 """How much memory each phase of train_grpo.py needs on a GPU, and its node's host memory: formulas, no GPU.
 
-A rank holds the trainer's shards, the reference's, a vLLM engine for the policy and one for the judge. A step is
+A rank's GPU holds the trainer's shards, the reference's, a vLLM engine for the policy and, in a process of its own, the
+judge's server, unless that has other GPUs. A step is
 
-    generate    the policy's engine samples            update     backward passes and AdamW
-    judge       the judge's engine reads               sync       the engine takes over the weights, tensor by tensor
+    generate    the policy's engine samples,           update     backward passes and AdamW
+                and the judge reads what is finished   sync       the engine takes over the weights, tensor by tensor
+    judge       the judge reads the rest
     log_probs   reference (and policy) without gradients
 
 and an engine that sleeps (vLLM's level 1) keeps nothing on the GPU: weights and CUDA graphs move to pinned host
-memory, keys and values are dropped. `GRPOSettings.sleep` says which engines do: "policy", the policy's while the
-trainer works (log_probs, update); "both", each outside its phase; or "none".
+memory, keys and values are dropped. `GRPOSettings.sleep` says what the policy's does while the trainer works
+(log_probs, update). The judge's server never sleeps.
 
 kaja/memory_plan.py has the trainer's part and MARGIN. The engines' activations and CUDA graphs are estimates from
 vLLM 0.32's source, not measured. Bytes throughout.
@@ -29,7 +31,7 @@ from kaja.model import ModelConfig
 from kaja.sampling import cache_bytes_per_token
 
 Phase = Literal["generate", "judge", "log_probs", "update", "sync"]
-Sleep = Literal["both", "policy", "none"]
+Sleep = Literal["policy", "none"]
 
 CACHE_BLOCK = 16  # tokens of a block of vLLM's cache on CUDA
 # vLLM's batches with LLM(): (tokens of a step, sequences), from 70 GiB on and below (A100: below in any case).
@@ -37,10 +39,10 @@ LARGE_BATCH, SMALL_BATCH = (16384, 1024), (8192, 256)
 VOCABULARY_STEP = 64  # vLLM pads the vocabulary to a multiple of it
 CUDA_GRAPHS = 1 * GIB
 SAMPLER_COPIES = 4  # float32 logits, their log-softmax, probabilities, random numbers
-# CUDA context, cuBLAS and kernels of a judge in a process of its own, asleep or not: 1.19 GiB "still in use" is what
-# vLLM reports of a sleeping engine on an H100 (vllm issue 28714).
+# CUDA context, cuBLAS and kernels of the judge's process: 1.19 GiB "still in use" is what vLLM reports of a sleeping
+# engine on an H100 (vllm issue 28714).
 JUDGE_PROCESS = int(1.2 * GIB)
-RESIDENT_VERDICTS = 4  # longest prompts that a judge which never sleeps has keys and values for
+RESIDENT_VERDICTS = 4  # longest prompts that a judge beside the trainer has keys and values for
 
 
 @dataclass(frozen=True)
@@ -59,16 +61,13 @@ class GRPOSettings:
     activation_checkpointing: bool = True
     cpu_offload: bool = False
     sleep: Sleep = "policy"
-    """Engines that ever sleep. Of one process vLLM 0.32 can put only one engine to sleep."""
+    """Whether the policy's engine sleeps while the trainer works."""
     reshard: bool = True
     """Whether models give back embedding and head after a forward without a backward, as train_grpo.py sees to."""
     judge_length: int = 4096
     """Longest prompt and answer of the judge."""
-    policy_kv_cache_bytes: int | None = None
-    judge_kv_cache_bytes: int | None = None
-    """Keys and values of an engine; None: what is left, as far as it is of use."""
-    gpu_memory_utilization: float | None = None
-    """Share of the card that each engine takes, unless its bytes of keys and values are given."""
+    judge_memory: float = 0.0
+    """Share of the GPU that the judge's server takes; 0: what it needs for a few prompts at a time."""
 
     def __post_init__(self) -> None:
         if not self.max_completion_tokens < self.max_length:
@@ -191,7 +190,7 @@ class GRPOPlan:
     policy: EnginePlan
     judge: EnginePlan | None
     host_slept: int
-    """Host memory of a node's ranks for sleeping engines."""
+    """Host memory of a node's ranks for the policy's sleeping engine."""
     host_offloaded: int
     """And for policy, gradients, optimiser and reference, with cpu_offload."""
     usable: int
@@ -278,7 +277,7 @@ def plan_grpo(
 
     Args:
         config: the policy's shape, and the reference's.
-        judge: its config.json; None for the rule judge, which has no engine.
+        judge: its config.json; None for one that takes nothing of these GPUs: it has others, or is a rule.
         gpu_memory: of a GPU in GB, as on the box.
     """
     policy_engine = _engine(
@@ -300,64 +299,47 @@ def plan_grpo(
     }
     usable = usable_bytes(gpu_memory)
     if judge_engine:
-        free = usable - max(plan.peak for phase, plan in phases.items() if _awake("judge", phase, settings.sleep))
-        of_use = judge_engine.sequences if settings.sleep == "both" else RESIDENT_VERDICTS
-        asked = _asked(settings, judge_engine, settings.judge_kv_cache_bytes, usable)
-        judge_engine = _with_cache(judge_engine, asked, free, of_use)
+        free = usable - max(plan.peak for plan in phases.values())
+        if settings.judge_memory:
+            room = int(settings.judge_memory * usable) - judge_engine.resident - judge_engine.activations
+        else:
+            room = min(free, judge_engine.bytes_for(min(RESIDENT_VERDICTS, judge_engine.sequences)))
+        judge_engine = replace(judge_engine, keys_values=max(0, room))
         phases = {
-            phase: replace(plan, judge_keys_values=judge_engine.keys_values)
-            if _awake("judge", phase, settings.sleep) else plan
-            for phase, plan in phases.items()
-        }  # fmt: skip
+            phase: replace(plan, judge_keys_values=judge_engine.keys_values) for phase, plan in phases.items()
+        }
     free = usable - max(plan.peak for phase, plan in phases.items() if _has_cache(phase, settings.sleep))
-    asked = _asked(settings, policy_engine, settings.policy_kv_cache_bytes, usable)
-    policy_engine = _with_cache(policy_engine, asked, free, policy_engine.sequences)
+    useful = policy_engine.bytes_for(policy_engine.sequences)
+    policy_engine = replace(policy_engine, keys_values=max(0, min(free, useful)))
     phases = {
         phase: replace(plan, policy_keys_values=policy_engine.keys_values)
         if _has_cache(phase, settings.sleep) else plan
         for phase, plan in phases.items()
     }  # fmt: skip
-    slept, offloaded = _host_bytes(config, settings, policy_engine, judge_engine)
+    slept, offloaded = _host_bytes(config, settings, policy_engine)
     return GRPOPlan(phases, policy_engine, judge_engine, slept, offloaded, usable)
 
 
-def _awake(engine: Literal["policy", "judge"], phase: Phase, sleep: Sleep) -> bool:
-    if engine == "policy":
-        return sleep == "none" or phase in ("generate", "sync") or (phase == "judge" and sleep == "policy")
-    return sleep != "both" or phase == "judge"
+def _awake(phase: Phase, sleep: Sleep) -> bool:
+    """Whether the policy's engine is."""
+    return sleep == "none" or phase in ("generate", "judge", "sync")
 
 
 def _has_cache(phase: Phase, sleep: Sleep) -> bool:
     """The policy's keys and values come back after the sync, for the canary: as much as in the next generate."""
-    return sleep == "none" or phase == "generate" or (phase == "judge" and sleep == "policy")
-
-
-def _asked(settings: GRPOSettings, engine: EnginePlan, kv_cache_bytes: int | None, usable: int) -> int | None:
-    """Keys and values as vLLM takes them from its options."""
-    if kv_cache_bytes is not None or settings.gpu_memory_utilization is None:
-        return kv_cache_bytes
-    return max(0, int(settings.gpu_memory_utilization * usable) - engine.resident - engine.activations)
-
-
-def _with_cache(engine: EnginePlan, asked: int | None, free: int, of_use: int) -> EnginePlan:
-    useful = engine.bytes_for(min(of_use, engine.sequences))
-    return replace(engine, keys_values=max(0, min(free, useful)) if asked is None else asked)
+    return sleep == "none" or phase in ("generate", "judge")
 
 
 def _with_engines(
     phase: Phase, plan: PhasePlan, policy: EnginePlan, judge: EnginePlan | None, sleep: Sleep
 ) -> PhasePlan:
-    """Add the engines that are awake. Those that run in turn share the memory of their activations."""
-    running = [policy.activations] if phase == "generate" else []
-    if judge and _awake("judge", phase, sleep) and phase in ("generate", "judge"):
-        running.append(judge.activations)
-    judge_bytes = 0
-    if judge:
-        judge_bytes = judge.resident if _awake("judge", phase, sleep) else 0
-        judge_bytes += JUDGE_PROCESS if sleep == "both" else 0
+    """Add the policy's engine where it is awake, and the judge. While one samples, the other reads."""
+    running = policy.activations if phase == "generate" else 0
+    if judge and phase in ("generate", "judge"):
+        running += judge.activations
     return replace(
-        plan, policy_engine=policy.resident if _awake("policy", phase, sleep) else 0, judge_engine=judge_bytes,
-        engine_activations=max(running, default=0),
+        plan, policy_engine=policy.resident if _awake(phase, sleep) else 0,
+        judge_engine=judge.resident + JUDGE_PROCESS if judge else 0, engine_activations=running,
     )  # fmt: skip
 
 
@@ -403,13 +385,10 @@ def _sync_phase(config: ModelConfig, settings: GRPOSettings, idle: PhasePlan, of
     return max(loading, canary, key=lambda plan: plan.peak)
 
 
-def _host_bytes(
-    config: ModelConfig, settings: GRPOSettings, policy: EnginePlan, judge: EnginePlan | None
-) -> tuple[int, int]:
-    """A node's host memory for sleeping engines, and for what cpu_offload keeps there."""
+def _host_bytes(config: ModelConfig, settings: GRPOSettings, policy: EnginePlan) -> tuple[int, int]:
+    """A node's host memory for the sleeping engine, and for what cpu_offload keeps there."""
     ranks = min(GPUS_PER_NODE, settings.world_size)
-    slept = policy.slept if settings.sleep != "none" else 0
-    slept += judge.slept if judge and settings.sleep == "both" else 0
+    slept = policy.slept if settings.sleep == "policy" else 0
     if not settings.cpu_offload:
         return ranks * slept, 0
     offloaded = plan_memory(config, settings.trainer).host_bytes_per_node

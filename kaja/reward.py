@@ -13,6 +13,7 @@ and counts it by cause. It is never taken for 0, which would teach the policy wh
 """
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,9 @@ TIMEOUT = "timeout"
 OVERLOADED = "overloaded"  # 429 or 503, again and again
 SERVER_ERROR = "server error"  # another 5xx, or what came back is not what a server says
 SERVER_GONE = "server gone"  # no connection
-# Asking again can help with these; the others are what the judge has to say.
+# What the judge itself had to say: it would say the same again.
+SAID = frozenset({EMPTY, UNCLEAR, REFUSED})
+# These pass: asking again can help. What is in neither set ends when somebody mends judge or question.
 TRANSIENT = frozenset({TIMEOUT, OVERLOADED, SERVER_ERROR, SERVER_GONE})
 
 
@@ -96,6 +99,23 @@ def read_verdict(text: str | None) -> Verdict:
         return Verdict(None, cause=EMPTY, text=text)
     score = parse_score(text)
     return Verdict(score, cause=UNCLEAR if score is None else "", text=text)
+
+
+def vote(verdicts: Sequence[Verdict]) -> Verdict:
+    """Several answers of one judge as one verdict: the median of the scores, if most of the answers are scores.
+
+    Otherwise it fails, with the most frequent cause. The cost is the caller's to say.
+    """
+    scores = [verdict.score for verdict in verdicts if verdict.score is not None]
+    text = " | ".join(verdict.text for verdict in verdicts)
+    if 2 * len(scores) > len(verdicts):
+        return Verdict(statistics.median(scores), text=text)
+    return Verdict(None, cause=next(iter(count_failures(verdicts))), text=text)
+
+
+def judge_identity(name: str, weights: str, rubric: str, reading: str, votes: int) -> str:
+    """Judge.identity of a language model; `weights` is its folder_fingerprint, or empty if that is not known."""
+    return " ".join(filter(None, (name, weights, rubric, reading, f"votes{votes}")))
 
 
 def reward_of(verdict: Verdict) -> float:

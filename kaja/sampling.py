@@ -72,15 +72,27 @@ class EngineFailed(RuntimeError):
     """The engine died, or did not finish in time twice. One line: what happened and what to do."""
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], room: int, max_length: int, vocab_size: int) -> None:
-    """UserError for the first prompt that is empty, too long for `room` more tokens, or out of vocabulary."""
-    for index, prompt in enumerate(prompts):
+def each_limit(max_tokens: int | Sequence[int], num_prompts: int) -> list[int]:
+    """max_tokens of every prompt; UserError for a list of another length or a limit below 1."""
+    limits = [max_tokens] * num_prompts if isinstance(max_tokens, int) else list(max_tokens)
+    if len(limits) != num_prompts:
+        raise UserError(
+            f"{num_prompts} prompts came with {len(limits)} max_tokens; it must be one number, or one for each prompt"
+        )
+    if min(limits, default=1) < 1:
+        raise UserError(f"max_tokens {min(limits)} must be at least 1")
+    return limits
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], room: Sequence[int], max_length: int, vocab_size: int) -> None:
+    """UserError for the first prompt that is empty, too long for its `room` more tokens, or out of vocabulary."""
+    for index, (prompt, new) in enumerate(zip(prompts, room, strict=True)):
         if not prompt:
             raise UserError(f"prompt {index} of {len(prompts)} is empty; it needs a token; drop it")
-        if len(prompt) + room > max_length:
+        if len(prompt) + new > max_length:
             raise UserError(
-                f"prompt {index} of {len(prompts)} has {len(prompt)} tokens, with {room} new ones "
-                f"{len(prompt) + room}; prompt and completion must fit into {max_length}; "
+                f"prompt {index} of {len(prompts)} has {len(prompt)} tokens, with {new} new ones "
+                f"{len(prompt) + new}; prompt and completion must fit into {max_length}; "
                 f"drop the prompt, ask for fewer tokens or raise the engine's max_length"
             )
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
@@ -94,7 +106,6 @@ def check_request(
     prompts: list[list[int]],
     seeds: list[int],
     group_size: int,
-    max_tokens: int,
     temperature: float,
     top_p: float = 1.0,
     top_k: int = 0,
@@ -105,8 +116,8 @@ def check_request(
         raise UserError(f"{len(prompts)} prompts came with {len(seeds)} seeds; each prompt needs one")
     if min(seeds, default=0) < 0:
         raise UserError(f"seed {min(seeds)} is negative; seeds must be 0 or more")
-    if group_size < 1 or max_tokens < 1:
-        raise UserError(f"group_size {group_size} and max_tokens {max_tokens} must be at least 1")
+    if group_size < 1:
+        raise UserError(f"group_size {group_size} must be at least 1")
     if temperature != 0 and not MIN_TEMPERATURE <= temperature < float("inf"):
         raise UserError(f"temperature {temperature} must be 0 (greedy) or at least {MIN_TEMPERATURE}")
     if not 0 < top_p <= 1:
@@ -165,14 +176,18 @@ def _collect(
 
 
 def _waves(
-    lengths: list[int], rows: int, max_tokens: int, cache_tokens: int, max_rows: int
+    lengths: list[int], rows: int, limits: list[int], cache_tokens: int, max_rows: int
 ) -> Iterator[list[int]]:
-    """Prompt indices, shortest first, in waves of at most `max_rows` rows that fit into the cache."""
+    """Prompt indices, shortest first, in waves of at most `max_rows` rows that fit into the cache.
+
+    The prompts of a wave have the same limit (max_tokens): the cache has room for as much of every row.
+    """
     wave: list[int] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+    for index in sorted(range(len(lengths)), key=lambda index: (limits[index], lengths[index])):
         num_prompts = len(wave) + 1
-        tokens = num_prompts * (lengths[index] + rows * max_tokens)  # each prompt padded to the longest
-        if wave and (tokens > cache_tokens or num_prompts * rows > max_rows):
+        tokens = num_prompts * (lengths[index] + rows * limits[index])  # each prompt padded to the longest
+        full = tokens > cache_tokens or num_prompts * rows > max_rows
+        if wave and (full or limits[index] != limits[wave[0]]):
             yield wave
             wave = []
         wave.append(index)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 
+import kaja.engine
 from kaja import sampling
 from kaja.checkpoint import load_model
 from kaja.engine import Completion, Engine, EngineFailed, TorchEngine, VLLMEngine, make_engine
@@ -162,6 +163,29 @@ def test_waves_bound_rows_and_memory_without_changing_results(folder: Path) -> N
     assert tokens_of(small.generate(PROMPTS, group_size=2, max_tokens=10, seeds=SEEDS)) == tokens_of(whole)
 
 
+LIMITS = [30, 3, 12, 30, 1]
+
+
+def check_limits_of_their_own(engine: Engine) -> None:
+    """With a max_tokens for each prompt, each gets the beginning of what it gets with the largest."""
+    whole = engine.generate(PROMPTS, group_size=2, max_tokens=30, seeds=SEEDS)
+    limited = engine.generate(PROMPTS, group_size=2, max_tokens=LIMITS, seeds=SEEDS)
+    for limit, group, longer_group in zip(LIMITS, limited, whole, strict=True):
+        for completion, longer in zip(group, longer_group, strict=True):
+            assert completion.token_ids == longer.token_ids[:limit]
+            ended = len(longer.token_ids) <= limit and longer.finish_reason == "stop"
+            assert completion.finish_reason == ("stop" if ended else "length")
+    assert {len(completion.token_ids) for group in limited for completion in group} >= {1, 3, 12}
+
+
+def test_every_prompt_may_have_its_own_limit(folder: Path) -> None:
+    check_limits_of_their_own(torch_engine(folder, [2]))
+    with pytest.raises(UserError, match="5 prompts came with 2 max_tokens"):
+        torch_engine(folder, [2]).generate(PROMPTS, max_tokens=[3, 4], seeds=SEEDS)
+    with pytest.raises(UserError, match="prompt 1 of 2 has 5 tokens, with 92 new ones 97"):
+        torch_engine(folder, [2]).generate([[5] * 5] * 2, max_tokens=[10, 92], seeds=[0, 0])
+
+
 def test_stop_token_ends_a_completion_and_belongs_to_it(folder: Path, engine: TorchEngine) -> None:
     (free,), = engine.generate(PROMPTS[:1], max_tokens=20, temperature=0, seeds=[0])
     assert len(free.token_ids) == len(free.log_probs) == 20 and free.finish_reason == "length"
@@ -196,6 +220,40 @@ def test_scores(folder: Path, engine: TorchEngine) -> None:
         expected = reference_log_probs(folder, prompt[:1], Completion(prompt[1:], [], "stop"), 1.0)
         torch.testing.assert_close(torch.tensor(score).double(), expected, rtol=0, atol=1e-5)
     assert engine.score([]) == []
+
+
+@pytest.mark.parametrize("pack_tokens, head_rows", [(4096, 256), (30, 256), (4096, 2)])
+def test_next_token_log_probs(
+    folder: Path, engine: TorchEngine, monkeypatch: pytest.MonkeyPatch, pack_tokens: int, head_rows: int
+) -> None:
+    """Against transformers in float64, prompt by prompt; in one pack, in several, and in several products."""
+    monkeypatch.setattr("kaja.engine.PACK_TOKENS", pack_tokens)
+    monkeypatch.setattr("kaja.engine.HEAD_ROWS", head_rows)
+    token_ids = [399, 3, 17, 3]
+    found = engine.next_token_log_probs(PROMPTS, token_ids)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    for prompt, row in zip(PROMPTS, found, strict=True):
+        with torch.no_grad():
+            whole = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+        np.testing.assert_allclose(row, whole[token_ids], atol=1e-5)
+    assert engine.next_token_log_probs([], token_ids) == []
+    with pytest.raises(UserError, match="prompt 1 of 2 has 97 tokens"):
+        engine.next_token_log_probs([[5], [5] * 97], token_ids)
+
+
+def test_next_token_log_probs_makes_logits_of_last_positions_only(
+    engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    head = kaja.engine._scaled_logits
+
+    def counted(hidden: torch.Tensor, *rest: object) -> torch.Tensor:
+        rows.append(len(hidden))
+        return head(hidden, *rest)
+
+    monkeypatch.setattr("kaja.engine._scaled_logits", counted)
+    engine.next_token_log_probs(PROMPTS, [4])
+    assert rows == [5]  # of 83 tokens
 
 
 def watch_steps(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], object]) -> list[int]:
@@ -406,6 +464,11 @@ def test_vllm_keeps_the_same_tokens(top_p: float, top_k: int) -> None:
     k = torch.full((200,), top_k) if top_k else None
     p = torch.full((200,), top_p) if top_p < 1 else None
     assert torch.equal(ours, apply_top_k_top_p_pytorch(logits.clone(), k, p))
+
+
+@with_marks
+def test_vllm_gives_every_prompt_its_own_limit(vllm_engine: Engine) -> None:
+    check_limits_of_their_own(vllm_engine)
 
 
 @with_marks

@@ -18,7 +18,8 @@ from kaja.dry_run import ELYZA_JUDGE, LADDER, model_config_of
 from kaja.engine import VLLMEngine
 from kaja.errors import UserError
 from kaja.grpo_plan import (
-    CUDA_GRAPHS, JUDGE_PROCESS, EnginePlan, GRPOPlan, GRPOSettings, engine_tensors, plan_grpo, quantization_of,
+    CUDA_GRAPHS, JUDGE_PROCESS, RESIDENT_VERDICTS, EnginePlan, GRPOPlan, GRPOSettings, engine_tensors, plan_grpo,
+    quantization_of,
 )  # fmt: skip
 from kaja.loss import policy_loss
 from kaja.memory_plan import GIB, MARGIN, Settings, parameter_count, plan_memory
@@ -34,7 +35,6 @@ SMALL = ModelConfig(
 GROUPED = replace(SMALL, num_key_value_heads=2, tie_word_embeddings=True)
 WIDE_ATTENTION = replace(SMALL, head_dim=128, intermediate_size=512, qk_norm=True)
 SETTINGS = GRPOSettings(micro_batch_size=4, max_length=512, world_size=2)
-BOTH_SLEEP = GRPOSettings(sleep="both")
 
 
 def plan_13b(gpu_memory: float = 80, **changes: object) -> GRPOPlan:
@@ -263,32 +263,30 @@ def fill_cache(engine: EnginePlan, prompt: int) -> int:
 @pytest.mark.parametrize("gib", [0.4, 0.7, 3.3, 7.0, 40.0])
 @pytest.mark.parametrize(("max_length", "group_size"), [(768, 8), (777, 4), (260, 8)])
 def test_sequences_at_a_time(gib: float, max_length: int, group_size: int) -> None:
-    plan = plan_13b(policy_kv_cache_bytes=int(gib * GIB), max_length=max_length, group_size=group_size)
-    assert plan.policy.keys_values == int(gib * GIB)
-    assert plan.policy.at_a_time == fill_cache(plan.policy, prompt=max_length - 256)
-    assert plan.policy.tokens * plan.policy.token <= plan.policy.keys_values
+    planned = plan_13b(max_length=max_length, group_size=group_size).policy
+    engine = replace(planned, keys_values=int(gib * GIB))
+    assert engine.at_a_time == fill_cache(engine, prompt=max_length - 256)
+    assert engine.tokens * engine.token <= engine.keys_values
 
 
 def test_what_vllms_options_ask_for() -> None:
-    plan = plan_13b(gpu_memory_utilization=0.4)
-    for engine in (plan.policy, plan.judge):
-        assert engine
-        share = engine.weights + CUDA_GRAPHS + engine.activations + engine.keys_values
-        assert share == pytest.approx(0.4 * plan.usable, abs=1)
-        assert engine.share(plan.usable) == pytest.approx(0.4)
-    # 40% of 40 GB do not even hold the weights.
-    assert plan_13b(40, gpu_memory_utilization=0.4).policy.keys_values == 0
-    given = plan_13b(gpu_memory_utilization=0.4, judge_kv_cache_bytes=GIB)
-    assert given.judge and given.judge.keys_values == GIB
+    plan = plan_13b(judge_memory=0.15)
+    assert plan.judge and plan.judge.share(plan.usable) == pytest.approx(0.15)
+    assert plan.judge.options(plan.usable)["kv_cache_memory_bytes"] == plan.judge.keys_values > GIB
+    share = plan.policy.weights + CUDA_GRAPHS + plan.policy.activations + plan.policy.keys_values
+    assert plan.policy.share(plan.usable) == share / plan.usable
+    # 10% of 40 GB do not even hold the judge's weights.
+    small = plan_13b(40, judge_memory=0.1)
+    assert small.judge and small.judge.keys_values == 0 and not small.fits
 
 
 def test_no_more_keys_and_values_than_are_of_use() -> None:
-    small = plan_grpo(model_config_of("llm-jp/llm-jp-3-150m"), ELYZA_JUDGE, BOTH_SLEEP, 80)
+    small = plan_grpo(model_config_of("llm-jp/llm-jp-3-150m"), ELYZA_JUDGE, GRPOSettings(), 80)
     assert small.judge
-    for engine in (small.policy, small.judge):
-        assert engine.at_a_time == engine.sequences == 64
-        assert engine.keys_values == engine.bytes_for(64)
-        assert replace(engine, keys_values=engine.keys_values - 1).at_a_time == 63
+    for engine, useful in ((small.policy, 64), (small.judge, RESIDENT_VERDICTS)):
+        assert engine.sequences == 64 and engine.at_a_time == useful
+        assert engine.keys_values == engine.bytes_for(useful)
+        assert replace(engine, keys_values=engine.keys_values - 1).at_a_time == useful - 1
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -297,7 +295,7 @@ def test_no_more_keys_and_values_than_are_of_use() -> None:
 
 
 def test_engines_of_each_phase() -> None:
-    policy, judge = plan_13b().policy.weights + CUDA_GRAPHS, 5_730_000_000 + CUDA_GRAPHS
+    policy, judge = plan_13b().policy.weights + CUDA_GRAPHS, 5_730_000_000 + CUDA_GRAPHS + JUDGE_PROCESS
 
     def awake(plan: GRPOPlan) -> dict[str, tuple[bool, bool]]:
         return {
@@ -308,16 +306,16 @@ def test_engines_of_each_phase() -> None:
     always = dict.fromkeys(("generate", "judge", "log_probs", "update", "sync"), (True, True))
     assert awake(plan_13b(sleep="none")) == always
     assert awake(plan_13b(sleep="policy")) == always | dict.fromkeys(("log_probs", "update"), (False, True))
-    both = plan_13b(sleep="both")
-    assert both.judge
-    own_phase = {
-        name: (phase.policy_engine > 0, phase.judge_engine > JUDGE_PROCESS) for name, phase in both.phases.items()
-    }
-    assert own_phase == {
-        "generate": (True, False), "judge": (False, True), "log_probs": (False, False), "update": (False, False),
-        "sync": (True, False),
+
+
+def test_the_judge_reads_while_the_policy_samples() -> None:
+    plan = plan_13b()
+    assert plan.judge
+    working = {name: phase.engine_activations for name, phase in plan.phases.items()}
+    assert working == {
+        "generate": plan.policy.activations + plan.judge.activations, "judge": plan.judge.activations,
+        "log_probs": 0, "update": 0, "sync": 0,
     }  # fmt: skip
-    assert both.phases["judge"].judge_engine == both.judge.weights + CUDA_GRAPHS + JUDGE_PROCESS
 
 
 def test_the_rule_judge_has_no_engine() -> None:
@@ -334,22 +332,24 @@ def test_without_reference_and_with_one_update_there_is_nothing_to_score() -> No
 
 
 def test_13b_on_eight_gpus_of_80_gb() -> None:
-    assert plan_13b().fits and plan_13b(sleep="both").fits
-    # The reason for phases: with both engines awake the update has no room, keys and values apart.
+    assert plan_13b().fits
+    # The reason for phases: with the policy's engine awake the update has no room, keys and values apart.
     awake = plan_13b(sleep="none")
     assert not awake.fits
     update = awake.phases["update"]
     assert update.peak - update.keys_values > awake.usable
-    assert plan_13b(sleep="both").policy.at_a_time > plan_13b().policy.at_a_time > 16
+    apart = plan_grpo(LLM_JP_13B, None, GRPOSettings(), 80)
+    assert apart.policy.at_a_time > plan_13b().policy.at_a_time > 16
 
 
 def test_13b_on_eight_gpus_of_40_gb() -> None:
     assert not plan_13b(40).fits
     assert not plan_13b(40, cpu_offload=True).fits
-    # Only with everything on the host that can be, and embeddings given back.
-    assert plan_13b(40, cpu_offload=True, sleep="both").fits
-    assert not plan_13b(40, cpu_offload=True, sleep="both", reshard=False).fits
-    assert not plan_13b(24, cpu_offload=True, sleep="both", world_size=1024).fits  # 25.5 GiB of bfloat16
+    # Only with everything on the host that can be, embeddings given back, and the judge elsewhere.
+    offloaded = GRPOSettings(cpu_offload=True)
+    assert plan_grpo(LLM_JP_13B, None, offloaded, 40).fits
+    assert not plan_grpo(LLM_JP_13B, None, replace(offloaded, reshard=False), 40).fits
+    assert not plan_grpo(LLM_JP_13B, None, replace(offloaded, world_size=1024), 24).fits  # 25.5 GiB of bfloat16
 
 
 @pytest.mark.parametrize("size", LADDER)
@@ -362,7 +362,7 @@ def test_peak_moves_the_right_way(size: str) -> None:
         return max(phase.peak - phase.keys_values for phase in phases)
 
     base = GRPOSettings()
-    assert peak(replace(base, sleep="both")) < peak(base) <= peak(replace(base, sleep="none"))
+    assert peak(base) <= peak(replace(base, sleep="none"))
     assert peak(replace(base, cpu_offload=True)) < peak(base)
     assert peak(replace(base, world_size=16)) < peak(base)
     assert peak(replace(base, kl_coef=0.0)) < peak(base)
@@ -386,11 +386,6 @@ def test_sleeping_engines_of_all_ranks_are_in_host_memory() -> None:
     assert plan_grpo(even, None, GRPOSettings(world_size=16), 80).host_slept == 8 * expected  # of two nodes
     assert plan_grpo(even, None, GRPOSettings(world_size=2), 80).host_slept == 2 * expected
     assert plan_grpo(even, None, GRPOSettings(sleep="none"), 80).host_slept == 0
-
-
-def test_only_a_judge_that_sleeps_needs_host_memory() -> None:
-    more = plan_13b(sleep="both").host_slept - plan_13b(sleep="policy").host_slept
-    assert 8 * (5.73e9 + CUDA_GRAPHS) < more < 2 * 8 * (5.73e9 + CUDA_GRAPHS)
 
 
 def test_offloaded_reference_is_pinned() -> None:

@@ -16,6 +16,7 @@ from kaja.sampling import (
     _waves,
     check_prompts,
     check_request,
+    each_limit,
     choose_tokens,
     pack,
     packed_stream,
@@ -124,8 +125,23 @@ def test_uniforms_depend_on_seed_and_place_alone() -> None:
 
 def test_waves_are_bounded_by_rows_and_by_memory() -> None:
     lengths = [7, 23, 1, 40, 12]
-    assert [len(wave) for wave in _waves(lengths, 2, 10, cache_tokens=10**6, max_rows=4)] == [2, 2, 1]
-    assert list(_waves(lengths, 2, 10, cache_tokens=100, max_rows=512)) == [[2, 0, 4], [1], [3]]
+    assert [len(wave) for wave in _waves(lengths, 2, [10] * 5, cache_tokens=10**6, max_rows=4)] == [2, 2, 1]
+    assert list(_waves(lengths, 2, [10] * 5, cache_tokens=100, max_rows=512)) == [[2, 0, 4], [1], [3]]
+
+
+def test_the_prompts_of_a_wave_have_the_same_limit() -> None:
+    lengths, limits = [7, 23, 1, 40, 12], [10, 5, 10, 5, 5]
+    assert list(_waves(lengths, 2, limits, cache_tokens=10**6, max_rows=512)) == [[4, 1, 3], [2, 0]]
+    assert list(_waves(lengths, 2, limits, cache_tokens=66, max_rows=512)) == [[4, 1], [3], [2, 0]]
+
+
+def test_limits_of_the_prompts() -> None:
+    assert each_limit(7, 3) == [7, 7, 7] and each_limit((4, 5), 2) == [4, 5] and each_limit(7, 0) == []
+    with pytest.raises(UserError, match="3 prompts came with 2 max_tokens"):
+        each_limit([4, 5], 3)
+    for wrong in (0, [4, 0]):
+        with pytest.raises(UserError, match="max_tokens 0 must be at least 1"):
+            each_limit(wrong, 2)
 
 
 def test_pack_keeps_order_and_limit() -> None:
@@ -182,7 +198,7 @@ def test_cached_decoding_equals_the_packed_forward_while_rows_leave() -> None:
 )
 def test_bad_prompts(prompts: list[list[int]], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_prompts(prompts, room=4, max_length=10, vocab_size=50)
+        check_prompts(prompts, room=[4] * len(prompts), max_length=10, vocab_size=50)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +206,6 @@ def test_bad_prompts(prompts: list[list[int]], message: str) -> None:
     [
         ({"seeds": []}, "1 prompts came with 0 seeds"),
         ({"seeds": [-1]}, "seed -1 is negative"),
-        ({"max_tokens": 0}, "max_tokens 0"),
         ({"group_size": 0}, "group_size 0"),
         ({"temperature": 0.001}, "temperature 0.001 must be 0"),
         ({"temperature": float("nan")}, "temperature nan"),
@@ -200,7 +215,7 @@ def test_bad_prompts(prompts: list[list[int]], message: str) -> None:
     ],
 )
 def test_bad_requests(changes: dict[str, object], message: str) -> None:
-    request = {"prompts": [[1]], "seeds": [0], "group_size": 1, "max_tokens": 4, "temperature": 1.0}
+    request = {"prompts": [[1]], "seeds": [0], "group_size": 1, "temperature": 1.0}
     check_request(**request)
     with pytest.raises(UserError, match=message):
         check_request(**{**request, **changes})

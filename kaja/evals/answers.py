@@ -4,7 +4,6 @@ answers.jsonl grows by appended lines: first the answer, later the same answer w
 last line of an answer counts. A run that was killed therefore goes on where it stopped.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,15 +14,13 @@ from kaja.errors import UserError
 from kaja.files import append_jsonl, read_jsonl, read_text, write_text
 from kaja.reward import Verdict
 
-SAMPLE = 1 << 20  # bytes read at each end of a weights file for its fingerprint
-
 
 @dataclass(frozen=True)
 class Answer:
     """One model's completion for one example, with its verdict once it is judged."""
 
     model: str
-    weights: str  # fingerprint() of the model's folder
+    weights: str  # folder_fingerprint of the model's folder
     example: Example
     max_tokens: int
     completion: str
@@ -88,22 +85,3 @@ class Answers:
 
 def question_key(example: Example) -> str:
     return f"{example.source}/{example.id}"
-
-
-def fingerprint(folder: Path) -> str:
-    """A short hash that changes when a model folder is trained anew.
-
-    Of each weights file its size and its two ends: training moves every tensor, and reading 26 GB
-    whole would cost more than the first answers.
-    """
-    digest = hashlib.sha256()
-    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    small = [folder / name for name in names if (folder / name).exists()]
-    for path in small + sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(SAMPLE))
-            file.seek(max(0, size - SAMPLE))
-            digest.update(file.read(SAMPLE))
-    return digest.hexdigest()[:16]
