@@ -1,0 +1,129 @@
+"""What a judge's server is told and what it says, in OpenAI's chat interface: pure functions, no connection.
+
+kaja.server_judge sends and receives. The interface: https://platform.openai.com/docs/api-reference/chat
+"""
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from email.utils import parsedate_to_datetime
+from ipaddress import ip_address
+from typing import Any
+
+import httpx2
+
+from kaja.chat import Message
+from kaja.errors import UserError
+from kaja.reward import (
+    NO_LOG_PROBS, OVERLOADED, REFUSED, REJECTED, SERVER_ERROR, TOO_LONG, UNCLEAR, Cost, Verdict, read_verdict, vote,
+)  # fmt: skip
+from kaja.rubric import (
+    DIGITS, VOTE_TEMPERATURE, describe_probabilities, digit_probabilities, expected_score,
+)  # fmt: skip
+
+DIGIT_TOKENS = 8  # of an answer that is held to a digit, which may take several tokens
+FREE_TOKENS = 32  # of a free one: room for 「採点：4点」
+TOP_LOG_PROBS = 20  # the most that the interface gives
+
+CONTEXT_LENGTH = re.compile(r"context[ _]?(?:length|window|size)|max_model_len|too (?:long|many tokens)", re.IGNORECASE)
+CONTENT_FILTER = re.compile(r"content_filter|content management policy", re.IGNORECASE)
+
+
+def base_url(url: str) -> str:
+    """The URL under which the interface lies; /v1 is added where only a host was named."""
+    try:
+        parsed = httpx2.URL(url.strip())
+    except httpx2.InvalidURL:
+        parsed = httpx2.URL("")
+    if parsed.userinfo or parsed.query:
+        raise UserError("judge_url: holds more than an address, maybe a secret; give a key as the API key instead")
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise UserError(f"judge_url {url!r}: must be a server's address, like http://127.0.0.1:8000")
+    return str(parsed.copy_with(path=parsed.path.rstrip("/") or "/v1", fragment=None))
+
+
+def is_loopback(url: str) -> bool:
+    host = httpx2.URL(url).host
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
+
+
+def request_body(
+    model: str, messages: Sequence[Message], *, reading: str, constrained: bool, votes: int, seed: int
+) -> bytes:
+    """The JSON of a request.
+
+    Args:
+        constrained: hold the answer to one of DIGITS, in vLLM's words; other servers reject or ignore them.
+        seed: of the votes' samples; one answer is greedy.
+    """
+    parameters: dict[str, Any] = {"temperature": 0, "max_tokens": FREE_TOKENS}
+    if constrained:
+        parameters |= {"max_tokens": DIGIT_TOKENS, "structured_outputs": {"choice": DIGITS}}
+    if reading == "expected":
+        parameters |= {"max_tokens": 1, "logprobs": True, "top_logprobs": TOP_LOG_PROBS}
+    if votes > 1:
+        parameters |= {"temperature": VOTE_TEMPERATURE, "n": votes, "seed": seed}
+    request = {"model": model, "messages": messages, **parameters}
+    # Half a surrogate pair, which UTF-8 cannot write, becomes "?".
+    return json.dumps(request, ensure_ascii=False).encode("utf-8", errors="replace")
+
+
+def read_answer(content: bytes, reading: str, votes: int) -> Verdict:
+    """A chat completion as a verdict. Where `content` is none, raises whatever that makes Python raise."""
+    answer = json.loads(content)
+    choices = answer["choices"]
+    if len(choices) != votes:
+        raise ValueError(f"{len(choices)} answers came where {votes} were asked for")
+    verdict = vote([read_choice(choice, reading) for choice in choices])
+    usage = answer.get("usage") or {}
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+    cost = Cost(
+        prompt_tokens=int(usage.get("prompt_tokens") or 0), cached_tokens=int(cached or 0),
+        completion_tokens=int(usage.get("completion_tokens") or 0),
+    )  # fmt: skip
+    return Verdict(verdict.score, verdict.cause, verdict.text, cost)
+
+
+def read_choice(choice: dict[str, Any], reading: str) -> Verdict:
+    """One of the answers in a chat completion."""
+    text = choice["message"].get("content") or ""
+    refusal = choice["message"].get("refusal")
+    if refusal or choice.get("finish_reason") == "content_filter":
+        return Verdict(None, REFUSED, refusal or text)
+    if reading == "digit":
+        return read_verdict(text)
+    tokens = (choice.get("logprobs") or {}).get("content")
+    if not tokens or not tokens[0].get("top_logprobs"):
+        return Verdict(None, NO_LOG_PROBS, text)
+    spellings = tokens[0]["top_logprobs"]
+    probabilities = digit_probabilities((spelling["token"], spelling["logprob"]) for spelling in spellings)
+    if probabilities is None:
+        return Verdict(None, UNCLEAR, text)
+    return Verdict(expected_score(probabilities), text=describe_probabilities(probabilities))
+
+
+def failure_cause(status: int, said: str) -> str:
+    """Why there is no verdict, from a status that is not 200 and the text that came with it."""
+    if status in (429, 503):
+        return OVERLOADED
+    if status >= 500:
+        return SERVER_ERROR
+    if CONTEXT_LENGTH.search(said):
+        return TOO_LONG
+    return REFUSED if CONTENT_FILTER.search(said) else REJECTED
+
+
+def retry_after_seconds(header: str) -> float:
+    """What a server's Retry-After, seconds or a date, asks to wait; 0 if it is neither."""
+    try:
+        return float(header)
+    except ValueError:
+        pass
+    try:
+        return parsedate_to_datetime(header).timestamp() - time.time()
+    except ValueError:
+        return 0.0
