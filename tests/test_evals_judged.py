@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from conftest import make_model_folder
 
+from kaja.checkpoint import folder_fingerprint
 from kaja.data import Example
 from kaja.engine import make_engine
 from kaja.errors import UserError
-from kaja.evals.answers import Answer, Answers, fingerprint
+from kaja.evals.answers import Answer, Answers
 from kaja.evals.judged import (
     answer_questions,
     check_examples,
@@ -213,9 +214,9 @@ def test_fingerprint_follows_the_weights(tmp_path: Path) -> None:
     first = make_model_folder(tmp_path / "a", seed=0)
     copy = make_model_folder(tmp_path / "b", seed=0)
     other = make_model_folder(tmp_path / "c", seed=1)
-    assert fingerprint(first) == fingerprint(copy) != fingerprint(other)
+    assert folder_fingerprint(first) == folder_fingerprint(copy) != folder_fingerprint(other)
     (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
-    assert fingerprint(first) != fingerprint(copy)
+    assert folder_fingerprint(first) != folder_fingerprint(copy)
 
 
 # ---- generating and judging -----------------------------------------------------------------------
@@ -224,7 +225,7 @@ def test_fingerprint_follows_the_weights(tmp_path: Path) -> None:
 class LengthJudge:
     """Three points for an answer that is not empty; no verdict for question 2."""
 
-    name = "length"
+    name = identity = "length"
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -251,7 +252,7 @@ def test_answers_are_the_models_own_greedy_completions(model_folder: Path) -> No
         ((alone,),) = engine.generate([prompt], max_tokens=8, temperature=0.0, seeds=[7])
         assert a.completion == model.chat.decode(alone.token_ids)
         assert (a.num_tokens, a.finish_reason) == (len(alone.token_ids), alone.finish_reason)
-        assert a.weights == fingerprint(model_folder) and a.verdict is None
+        assert a.weights == folder_fingerprint(model_folder) and a.verdict is None
     judge = LengthJudge()
     judged = [a for batch in judge_answers(judge, made, batch_size=2) for a in batch]
     assert judge.batches == [2, 1]

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from kaja.chat import Chat
-from kaja.checkpoint import load_chat
+from kaja.checkpoint import folder_fingerprint, load_chat
 from kaja.data import Example
 from kaja.engine import Engine
 from kaja.errors import UserError
-from kaja.evals.answers import Answer, fingerprint, question_key
+from kaja.evals.answers import Answer, question_key
 from kaja.evals.statistics import bootstrap_mean, paired_difference
 from kaja.evals.suites import SUITES
 from kaja.files import read_json
 from kaja.health import opens_with_refusal
+from kaja.judging import settle
 from kaja.reward import Judge, Verdict, count_failures, reward_of, rewards
 
 
@@ -26,7 +27,7 @@ class Model:
 
     name: str
     folder: Path
-    weights: str  # fingerprint
+    weights: str  # folder_fingerprint
     chat: Chat
     prompts: list[list[int]]  # one per example
     max_length: int  # longest prompt and completion together
@@ -44,7 +45,7 @@ def prepare(name: str, folder: Path, examples: Sequence[Example], max_tokens: in
                 f"{max_tokens} of an answer {len(prompt) + max_tokens}; both must fit into the model's "
                 f"context of {context}; remove the question or lower --max-completion-tokens"
             )
-    return Model(name, folder, fingerprint(folder), chat, prompts, max(map(len, prompts)) + max_tokens)
+    return Model(name, folder, folder_fingerprint(folder), chat, prompts, max(map(len, prompts)) + max_tokens)
 
 
 def check_examples(examples: Sequence[Example]) -> None:
@@ -87,12 +88,15 @@ def answer_questions(
         ]
 
 
-def judge_answers(judge: Judge, answers: Sequence[Answer], *, batch_size: int) -> Iterator[list[Answer]]:
-    """The same answers with their verdicts, batch by batch."""
+def judge_answers(
+    judge: Judge, answers: Sequence[Answer], *, batch_size: int, limit: float = 1.0
+) -> Iterator[list[Answer]]:
+    """The same answers with their verdicts, batch by batch; JudgeFailed where more than `limit` of a batch fails."""
     for start in range(0, len(answers), batch_size):
         batch = answers[start : start + batch_size]
-        verdicts = judge.judge([answer.example for answer in batch], [answer.completion for answer in batch])
-        yield [replace(a, judge=judge.name, verdict=v) for a, v in zip(batch, verdicts, strict=True)]
+        examples, completions = [answer.example for answer in batch], [answer.completion for answer in batch]
+        verdicts = settle(judge, examples, completions, judge.judge(examples, completions), limit)
+        yield [replace(a, judge=judge.identity, verdict=v) for a, v in zip(batch, verdicts, strict=True)]
 
 
 def summarise(answers: Sequence[Answer], *, seed: int = 0) -> dict[str, Any]:
@@ -190,6 +194,9 @@ def score_table(scores: dict[str, Any]) -> str:
         f"{failures} failed verdicts, left out.",
         "",
     ]
+    if scores.get("canaries"):
+        held = [check["holds"] for check in scores["canaries"]["checks"]]
+        lines += [f"Of {len(held)} canaries (answers whose order is known) this judge gets {sum(held)} right.", ""]
     for name, suite in scores["suites"].items():
         for pair in suite["differences"]:
             if pair["before"] == models[0] and pair["n"]:

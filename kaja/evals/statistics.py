@@ -4,7 +4,7 @@ NaN stands for "no verdict" everywhere: it is left out, and `n` says how many va
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,10 +37,6 @@ class Difference(Estimate):
 def bootstrap_mean(values: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
     """Mean with its percentile bootstrap interval (95%).
 
-    Resampling n values with replacement is drawing how often each distinct value occurs: one
-    multinomial draw per resample. Scores have a handful of distinct values, so 10,000 resamples of
-    10,000 scores cost 60,000 numbers, not 100 million.
-
     The interval of values that are all equal has width zero. That says the sample shows no spread,
     not that the mean is certain.
     """
@@ -50,17 +46,38 @@ def bootstrap_mean(values: Sequence[float], *, seed: int = 0, resamples: int = R
     if n == 0:
         return Estimate(0, math.nan, math.nan, math.nan)
     distinct, counts = np.unique(kept, return_counts=True)
+    draws = resampled_counts(counts, seed=seed, resamples=resamples)
+    low, high = percentile_interval(np.concatenate([drawn @ distinct / n for drawn in draws]))
+    return Estimate(n, float(kept.mean()), low, high)
+
+
+def resampled_counts(
+    counts: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES
+) -> Iterator[np.ndarray]:
+    """How often each of D distinct values occurs in each resample: arrays (rows, D), `resamples` rows in all.
+
+    Resampling n values with replacement is drawing how often each distinct value occurs: one
+    multinomial draw per resample. Scores have a handful of distinct values, so 10,000 resamples of
+    10,000 scores cost 60,000 numbers, not 100 million.
+
+    Args:
+        counts: (D,) how often each value occurs in the sample.
+    """
+    n = int(counts.sum())
     rng = np.random.default_rng(seed)
-    rows = max(1, CHUNK // len(distinct))
-    means = np.concatenate(
-        [
-            rng.multinomial(n, counts / n, size=min(rows, resamples - start)) @ distinct / n
-            for start in range(0, resamples, rows)
-        ]
-    )
+    rows = max(1, CHUNK // len(counts))
+    for start in range(0, resamples, rows):
+        yield rng.multinomial(n, counts / n, size=min(rows, resamples - start))
+
+
+def percentile_interval(estimates: np.ndarray) -> tuple[float, float]:
+    """The middle 95% of an estimate's resamples; those in which it is undefined (NaN) are left out."""
+    kept = estimates[~np.isnan(estimates)]
+    if len(kept) == 0:
+        return math.nan, math.nan
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Estimate(n, float(kept.mean()), float(low), float(high))
+    low, high = np.quantile(kept, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def paired_difference(before: Sequence[float], after: Sequence[float], *, seed: int = 0) -> Difference:
