@@ -1,7 +1,8 @@
 """Whether a GRPO run goes well: metrics of a step's completions, and warnings when a metric goes wrong.
 
 A warning names the number, the rule, what it usually means and what to do; docs/GRPO.md has more of each. It looks at
-the median of a metric's last steps, so a single noisy step says nothing, and is not repeated at every step.
+the median of a metric's last steps, so a single noisy step says nothing, and is not repeated at every step. What is
+not noisy, the canaries of kaja.judge_watch, is taken at its word: the first bad report warns.
 """
 
 import math
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
+from kaja.judge_watch import AGREEMENT_DROP, AGREEMENT_FLOOR, dropped
 from kaja.rollouts import Rollout
 
 # ---- refusals -------------------------------------------------------------------------------------
@@ -141,8 +143,14 @@ class HealthLimits:
     """Rise of the refusal rate of a harmless stream above the baseline, in shares of completions."""
     truncated: float = 0.1
     """Share of completions cut off at the length limit."""
-    judge_failures: float = 0.05
-    """Share of completions without a verdict."""
+    judge_failures: float = 0.01
+    """Share of completions without a verdict. Above --max-judge-failures the step itself ends the run."""
+    share_at_5: float = 0.9
+    """Share of the scores at 5 points."""
+    canary_agreement: float = AGREEMENT_FLOOR
+    """Share of the canaries that the judge gets right."""
+    canary_drop: float = AGREEMENT_DROP
+    """Fall of that share below the run's first report."""
     kl: float = 0.5
     """KL to the reference per token."""
     effective_sample_size: float = 0.95
@@ -150,11 +158,9 @@ class HealthLimits:
     correction_error: float = 0.02
     """Distance from 1 of the mean weight between trainer and engine."""
     stop_after: int = 3
-    """A stop needs so many steps in a row above max_kl or max_judge_failures."""
+    """A stop needs so many steps in a row above max_kl."""
     max_kl: float = 0.0
     """KL per token that ends the run; 0: none does."""
-    max_judge_failures: float = 0.5
-    """Share of completions without a verdict that ends the run."""
 
     def __post_init__(self) -> None:
         if min(self.window, self.baseline, self.stop_after) < 1:
@@ -170,6 +176,7 @@ class Rule:
     broken: Callable[[float, float, float], bool]
     numbers: str  # formatted with now, baseline, limit, share (now / baseline) and steps
     text: str
+    at_once: bool = False  # no noise: the last value against the first one, in the steps that have the metric
 
 
 def above(now: float, baseline: float, limit: float) -> bool:
@@ -235,7 +242,24 @@ RULES = (
     Rule(
         "judge_failures", "judge_failures", above, ABOVE,
         "these completions teach nothing; read cause and judge_said in samples/: the judge does not answer with one "
-        "digit, or the question does not fit its context",
+        "digit, or the question does not fit its context, or its server is too slow",
+    ),
+    Rule(
+        "judge/share_at_5", "share_at_5", above, ABOVE,
+        "the reward has no room left: the judge is too easy to please, or the questions are too easy; read samples/, "
+        "take --judge-reading expected or a stronger judge, or stop here",
+    ),
+    Rule(
+        "canary/agreement", "canary_agreement", below, BELOW,
+        "the judge gets known answers wrong, so its reward teaches something else; samples/canaries_*.json have them "
+        "with its words; take another judge, or look at its chat template and rubric",
+        at_once=True,
+    ),
+    Rule(
+        "canary/agreement", "canary_drop", dropped, "{now:.3g}, was {baseline:.3g} in the first report (limit: a fall "
+        "of {limit:g})", "the judge is not what it was: other weights or settings behind its URL, or requests that "
+        "fail; compare samples/canaries_*.json",
+        at_once=True,
     ),
     Rule(
         "kl", "kl", above, ABOVE,
@@ -283,11 +307,14 @@ class Health:
         A metric that is missing, None or not finite in this step is passed over: its windows are of the
         steps that have it.
         """
-        self._take(metrics)
+        taken = self._take(metrics)
         warnings = []
         for number, rule in enumerate(RULES):
-            first, last = self.baseline.get(rule.metric, []), self._last(rule.metric, self.limits.window)
-            if len(first) < self.limits.baseline or len(last) < self.limits.window:
+            if rule.at_once and rule.metric not in taken:
+                continue
+            window, begin = (1, 1) if rule.at_once else (self.limits.window, self.limits.baseline)
+            first, last = self.baseline.get(rule.metric, [])[:begin], self._last(rule.metric, window)
+            if len(first) < begin or len(last) < window:
                 continue
             now, then, limit = median(last), median(first), getattr(self.limits, rule.limit)
             if not rule.broken(now, then, limit):
@@ -308,28 +335,29 @@ class Health:
     def reason_to_stop(self) -> str:
         """Why the run should end now, in one line; empty while it may go on."""
         limits = self.limits
-        for name, limit, text in (
-            ("kl", limits.max_kl or math.inf, "the policy has left its reference; start again with a lower "
-             "--learning-rate or a higher --kl-coef, or allow more with --max-kl"),
-            ("judge_failures", limits.max_judge_failures, "most completions have no verdict, so the rest decides for "
-             "all; read cause and judge_said in samples/ and mend the judge"),
-        ):  # fmt: skip
-            last = self._last(name, limits.stop_after)
-            if len(last) == limits.stop_after and min(last) > limit:
-                values = ", ".join(f"{value:.3g}" for value in last)
-                return f"{name} {values} in the last {limits.stop_after} steps, above {limit:g}: {text}"
-        return ""
+        last = self._last("kl", limits.stop_after)
+        if not limits.max_kl or len(last) < limits.stop_after or min(last) <= limits.max_kl:
+            return ""
+        values = ", ".join(f"{value:.3g}" for value in last)
+        return (
+            f"kl {values} in the last {limits.stop_after} steps, above {limits.max_kl:g}: the policy has left its "
+            "reference; start again with a lower --learning-rate or a higher --kl-coef, or allow more with --max-kl"
+        )
 
-    def _take(self, metrics: Mapping[str, float | None]) -> None:
+    def _take(self, metrics: Mapping[str, float | None]) -> set[str]:
+        """Note the values of this step; the names of the watched metrics that it has."""
         keep = max(self.limits.window, self.limits.stop_after)
+        taken = set()
         for name in WATCHED:
             value = metrics.get(name)
             if value is None or not math.isfinite(value):
                 continue
+            taken.add(name)
             first = self.baseline.setdefault(name, [])
             if len(first) < self.limits.baseline:
                 first.append(value)
             self.recent.setdefault(name, deque(maxlen=keep)).append(value)
+        return taken
 
     def _last(self, name: str, count: int) -> list[float]:
         return list(self.recent.get(name, ()))[-count:]

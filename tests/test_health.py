@@ -15,10 +15,12 @@ import train_grpo
 from kaja.data import Example
 from kaja.engine import Completion
 from kaja.health import REFUSALS, RULES, Health, HealthLimits, health_metrics, opens_with_refusal
+from kaja.judging import PAUSES, JudgeOptions
 from kaja.reward import Verdict
 from kaja.rollouts import Rollout
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "GRPO.md"
+JUDGE_DOCUMENT = DOCUMENT.parent / "JUDGE.md"
 
 # `make demo` with the torch engine, seed 0, 2026-11-22: every step of its GRPO run, rounded.
 # fmt: off
@@ -278,7 +280,10 @@ def warnings_of(series: Mapping[str, Iterable[float | None]], health: Health | N
 
 
 def test_a_healthy_run_is_silent() -> None:
-    constant = {"judge_failures": 0.0, "effective_sample_size": 1.0, "correction": 1.0, "completion_length": 28.0}
+    constant = {
+        "judge_failures": 0.0, "effective_sample_size": 1.0, "correction": 1.0, "completion_length": 28.0,
+        "canary/agreement": 1.0, "judge/share_at_5": 0.6,
+    }  # fmt: skip
     steps = len(DEMO["entropy"])
     health = Health()
     assert warnings_of({name: [value] * steps for name, value in constant.items()} | DEMO, health) == []
@@ -298,7 +303,8 @@ SPOILT = [
     ("length_reward_correlation", lambda was, since: 0.6, r"step 22: length_reward_correlation 0.6, above 0.5"),
     ("refusals/borderline", lambda was, since: was + 0.02 * since, r"step 33: refusals/borderline 0.234, was 0.0312"),
     ("refusals/helpfulness", lambda was, since: was + 0.3, r"step 22: refusals/helpfulness 0.3, was 0.0455"),
-    ("judge_failures", lambda was, since: 0.08, r"step 22: judge_failures 0.08, above 0.05"),
+    ("judge_failures", lambda was, since: 0.08, r"step 22: judge_failures 0.08, above 0.01"),
+    ("judge/share_at_5", lambda was, since: 0.95, r"step 22: judge/share_at_5 0.95, above 0.9"),
     ("effective_sample_size", lambda was, since: 0.8, r"step 22: effective_sample_size 0.8, below 0.95"),
     ("correction", lambda was, since: 0.93, r"step 22: correction 0.93, off 1 by more than 0.02"),
 ]
@@ -309,7 +315,10 @@ def test_each_warning_comes_when_the_metric_goes_wrong(
     metric: str, change: Callable[[float, int], float], expected: str
 ) -> None:
     steps = len(DEMO["entropy"])
-    constant = {"judge_failures": [0.0] * steps, "effective_sample_size": [1.0] * steps, "correction": [1.0] * steps}
+    constant = {
+        "judge_failures": [0.0] * steps, "judge/share_at_5": [0.6] * steps, "effective_sample_size": [1.0] * steps,
+        "correction": [1.0] * steps,
+    }  # fmt: skip
     values = (constant | DEMO)[metric]
     spoilt = [change(value, step - 20) if step >= 20 else value for step, value in enumerate(values, start=1)]
     warnings = warnings_of(constant | DEMO | {metric: spoilt})
@@ -348,7 +357,8 @@ def test_runs_that_went_wrong(run: str, expected: dict[str, int]) -> None:
 @pytest.mark.parametrize(("metric", "change", "expected"), SPOILT)
 def test_one_noisy_step_says_nothing(metric: str, change: Callable[[float, int], float], expected: str) -> None:
     steps = len(DEMO["entropy"])
-    values = list(({"judge_failures": [0.0] * steps, "correction": [1.0] * steps} | DEMO).get(metric, [1.0] * steps))
+    quiet = {"judge_failures": [0.0] * steps, "judge/share_at_5": [0.6] * steps}
+    values = list((quiet | DEMO).get(metric, [1.0] * steps))
     values[29] = change(values[29], 10)
     values[31] = change(values[31], 10)  # nor do two of five
     assert warnings_of(DEMO | {metric: values}) == []
@@ -369,7 +379,7 @@ def test_a_metric_that_is_missing_in_some_steps() -> None:
 
 
 def test_limits_can_be_set() -> None:
-    limits = HealthLimits(window=1, baseline=1, repeat_every=2, stop_after=1, kl=0.05, max_judge_failures=0.9)
+    limits = HealthLimits(window=1, baseline=1, repeat_every=2, stop_after=1, kl=0.05)
     assert len(warnings_of({"kl": [0.0, 0.06, 0.06, 0.06, 0.01]}, Health(limits))) == 2  # steps 2 and 4
     with pytest.raises(ValueError, match="must be at least 1"):
         HealthLimits(window=0)
@@ -389,12 +399,49 @@ def test_kl_above_the_limit_three_times_in_a_row_stops() -> None:
     assert "--max-kl" in reasons[8]
 
 
-def test_without_a_limit_no_kl_stops_but_judge_failures_do() -> None:
+def test_without_a_limit_no_kl_stops() -> None:
     health = Health()
-    for step in range(1, 4):
-        health.check(step, {"kl": 100.0, "judge_failures": 0.6})
-        assert bool(health.reason_to_stop()) == (step == 3)
-    assert health.reason_to_stop().startswith("judge_failures 0.6, 0.6, 0.6 in the last 3 steps, above 0.5")
+    for step in range(1, 6):
+        health.check(step, {"kl": 100.0, "judge_failures": 1.0})  # these end the step itself (kaja.judging)
+        assert health.reason_to_stop() == ""
+
+
+# ---- canaries -------------------------------------------------------------------------------------
+
+LOW, FALLEN = "canary/agreement {}, below 0.8", "canary/agreement {}, was {} in the first report (limit: a fall of 0.1)"
+
+
+@pytest.mark.parametrize(
+    ("reports", "expected"),
+    [
+        # The set is fixed and the judge greedy: what a report says needs no second one.
+        ([1.0, 1.0, 0.88], {21: [FALLEN.format("0.88", "1")]}),
+        ([0.78], {1: [LOW.format("0.78")]}),
+        ([0.92, 0.82, 0.8], {21: [FALLEN.format("0.8", "0.92")]}),  # .82 is a fall of .1, and no more
+        # Both are told apart: what the judge is like, and that it changed.
+        ([1.0, 0.5], {11: [LOW.format("0.5"), FALLEN.format("0.5", "1")]}),
+        # Against the first report, whatever came between.
+        ([0.9, 1.0, 1.0, 1.0, 0.82], {}),
+        ([1.0, None, 0.9, math.nan, 1.0], {}),
+        # Said again where there is a new report, 20 steps later, and not at the steps between.
+        ([1.0, 0.85, 0.85, 0.85, 0.85], {step: [FALLEN.format("0.85", "1")] for step in (11, 31)}),
+    ],
+)
+def test_one_bad_canary_report_warns(reports: list[float | None], expected: dict[int, list[str]]) -> None:
+    """A report every ten steps, at 1, 11, 21, ...; between them the metric is absent."""
+    health, said = Health(), {}
+    for step in range(1, 51):
+        row = {"canary/agreement": reports[step // 10]} if step % 10 == 1 and step // 10 < len(reports) else {}
+        warnings = health.check(step, row)
+        if warnings:
+            said[step] = [warning.removeprefix(f"step {step}: ").split(": the judge ")[0] for warning in warnings]
+    assert said == expected
+
+
+def test_limits_of_canaries_can_be_set() -> None:
+    health = Health(HealthLimits(canary_agreement=0.5, canary_drop=0.3))
+    assert health.check(1, {"canary/agreement": 0.9}) == health.check(2, {"canary/agreement": 0.61}) == []
+    assert len(health.check(3, {"canary/agreement": 0.59})) == 1
 
 
 # ---- resuming -------------------------------------------------------------------------------------
@@ -417,7 +464,7 @@ def test_replay_gives_the_state_of_the_uninterrupted_run(done: int) -> None:
     assert len(whole.warned) == 2  # kl and judge_failures
 
 
-# ---- docs/GRPO.md ---------------------------------------------------------------------------------
+# ---- docs/GRPO.md, docs/JUDGE.md ------------------------------------------------------------------
 
 
 def option_names(config: type) -> set[str]:
@@ -460,10 +507,42 @@ def test_the_document_explains_every_metric_that_is_watched_or_made_here() -> No
         assert re.search(rf"^\| [^|]*`{name}`", section, flags=re.MULTILINE), name
 
 
-def test_links_of_the_document_lead_somewhere() -> None:
-    text = DOCUMENT.read_text(encoding="utf-8")
-    headings = {re.sub(r"[^a-z -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)", text, re.M)}
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        assert (
-            target.startswith("https://") or target[1:] in headings or (DOCUMENT.parent / target).exists()
-        ), target
+def anchors(document: Path) -> set[str]:
+    """What GitHub makes of a document's headings."""
+    headings = re.findall(r"^#+ (.*)", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^a-z -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", [DOCUMENT, JUDGE_DOCUMENT], ids=lambda document: document.name)
+def test_links_of_the_documents_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        other = document.parent / name if name else document
+        assert other.exists(), target
+        assert not anchor or anchor in anchors(other), target
+
+
+def test_the_judge_s_document_names_its_options_with_their_defaults() -> None:
+    text = JUDGE_DOCUMENT.read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| `(--[a-z-]+)` \| ([^|]+) \|", text.split("\n## Options\n")[1], re.MULTILINE))
+    assert set(told) == option_names(JudgeOptions)
+    for option in dataclasses.fields(JudgeOptions):
+        default = told["--" + option.name.replace("_", "-")]
+        if isinstance(option.default, str):
+            assert f"`{option.default}`" in default if option.default else "`" not in default or ".sqlite" in default
+        else:
+            assert float(re.match(r"[\d.]+", default)[0]) == option.default
+    outside = {"--help", "--enable-prompt-tokens-details"}  # tyro's, vLLM's
+    assert set(re.findall(r"--[a-z][a-z0-9-]*", text)) <= option_names(train_grpo.Config) | outside
+
+
+def test_the_judge_s_document_has_the_limits_and_pauses() -> None:
+    words = " ".join(JUDGE_DOCUMENT.read_text(encoding="utf-8").split())
+    limits = HealthLimits()
+    assert f"**Warned of** below {limits.canary_agreement:g}, and {limits.canary_drop:g} below the first" in words
+    assert f"below {limits.share_at_5:g}; it grows" in words
+    assert f"below {limits.judge_failures:g}. **Warned of** above" in words
+    pauses = words.split("the run pauses for ")[1].split(" |")[0]
+    assert [float(pause) for pause in re.findall(r"\d+", pauses)] == list(PAUSES)
