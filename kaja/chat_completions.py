@@ -22,7 +22,7 @@ from kaja.rubric import (
     DIGITS, VOTE_TEMPERATURE, describe_probabilities, digit_probabilities, expected_score,
 )  # fmt: skip
 
-DIGIT_TOKENS = 8  # of an answer that is held to a digit, which may take several tokens
+DIGIT_TOKENS = 1  # of an answer that is held to a digit; what needs more shows at the probe, and is read freely
 FREE_TOKENS = 32  # of a free one: room for 「採点：4点」
 TOP_LOG_PROBS = 20  # the most that the interface gives
 

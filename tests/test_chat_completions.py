@@ -58,7 +58,7 @@ def test_loopback_is_told_from_other_machines() -> None:
     [
         (
             {"reading": "digit", "constrained": True, "votes": 1},
-            {"temperature": 0, "max_tokens": 8, "structured_outputs": {"choice": ["0", "1", "2", "3", "4", "5"]}},
+            {"temperature": 0, "max_tokens": 1, "structured_outputs": {"choice": ["0", "1", "2", "3", "4", "5"]}},
         ),
         ({"reading": "digit", "constrained": False, "votes": 1}, {"temperature": 0, "max_tokens": 32}),
         (
@@ -75,7 +75,7 @@ def test_loopback_is_told_from_other_machines() -> None:
         (
             {"reading": "digit", "constrained": True, "votes": 3},
             {
-                "temperature": 0.7, "n": 3, "seed": 11, "max_tokens": 8,
+                "temperature": 0.7, "n": 3, "seed": 11, "max_tokens": 1,
                 "structured_outputs": {"choice": ["0", "1", "2", "3", "4", "5"]},
             },
         ),

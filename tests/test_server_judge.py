@@ -86,7 +86,7 @@ def test_the_request_is_the_rubric_filled_in_and_held_to_a_digit() -> None:
     (body,) = server.bodies
     system, user = body.pop("messages")
     assert body == {
-        "model": "judge", "temperature": 0, "max_tokens": 8,
+        "model": "judge", "temperature": 0, "max_tokens": 1,
         "structured_outputs": {"choice": ["0", "1", "2", "3", "4", "5"]},
     }  # fmt: skip
     assert (system["role"], user["role"]) == ("system", "user")

@@ -1,0 +1,226 @@
+"""A judge as the options say, whoever it is, and what happens when its verdicts fail.
+
+| options                   | who judges                                                                       |
+|---------------------------|----------------------------------------------------------------------------------|
+| --judge-url URL           | a server that is already there and speaks OpenAI's chat interface                |
+| --judge-model rule        | the demo's rules, for tiny models                                                |
+| --judge-model NAME        | that model: in a vLLM server which the run starts and ends (one a node, shared   |
+|                           | by its ranks), or, with --engine torch, in each process itself                   |
+
+Whatever a model said is remembered in one SQLite file (kaja.verdict_cache), so that a resumed run asks nothing twice.
+"""
+
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from kaja.checkpoint import folder_fingerprint, load_chat, resolve_model
+from kaja.cli import check_range
+from kaja.data import Example
+from kaja.demo_judge import RuleJudge
+from kaja.distributed import Ranks, gather_shares, of_node
+from kaja.engine import check_installed
+from kaja.engine_judge import drops_system, judge_length, load_judge
+from kaja.errors import UserError
+from kaja.judge_server import JudgeServer, ServerSettings
+from kaja.reward import TRANSIENT, Judge, JudgeFailed, Verdict, count_failures, judge_identity
+from kaja.server_judge import ServerJudge
+from kaja.verdict_cache import CachedJudge, VerdictCache
+
+API_KEY = "KAJA_JUDGE_API_KEY"  # environment variable: a key is no option, which config.json would keep
+OWN_GPU_MEMORY = 0.9  # share of a GPU that a judge takes which has it to itself
+# Seconds between one try and the next while too many verdicts fail: together longer than a server takes to come back.
+PAUSES = (10.0, 30.0, 90.0, 270.0)
+
+
+ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """Who judges, how, and what is done when it fails. docs/JUDGE.md says how to choose."""
+
+    judge_model: str = "elyza/Llama-3-ELYZA-JP-8B-AWQ"
+    """Language model that scores completions, or `rule`: the demo's rules for tiny models."""
+    judge_url: str = ""
+    """A server of OpenAI's chat interface that has the judge, instead of one that the run starts."""
+    judge_rubric: Literal["slides-1", "corrected-1"] = "slides-1"
+    """The slides' rubrics word for word, or with two slips of the pen corrected."""
+    judge_reading: Literal["digit", "expected"] = "digit"
+    """The likeliest score of 0 to 5, or the mean of all six weighted by their probabilities (smoother)."""
+    judge_votes: int = 1
+    """Answers sampled for each verdict, of which the median counts; 1: one greedy answer."""
+    judge_gpus: str = ""
+    """GPUs of each node for the judge's server, like 6,7; none: all of them, beside the trainer."""
+    judge_memory: float = 0.0
+    """Share of each of these GPUs that the judge's server takes; 0: what the memory plan leaves it."""
+    judge_concurrency: int = 64
+    """Requests under way at a time, from each process."""
+    judge_timeout: float = 60.0
+    """Seconds that a request may take before it is tried again."""
+    judge_cache: str = ""
+    """SQLite file of verdicts, which runs may share; none: verdicts.sqlite in output_dir."""
+    max_judge_failures: float = 0.05
+    """Share of verdicts that may fail; above it the run asks again, with growing pauses, and then stops."""
+    canary_every: int = 50
+    """Steps between tests of the judge with answers whose scores are known; 0: never."""
+
+    def __post_init__(self) -> None:
+        check_range(
+            self, at_least_1=("judge_votes", "judge_concurrency"), positive=("judge_timeout",),
+            at_least_0=("judge_memory", "max_judge_failures", "canary_every"),
+            at_most={"judge_memory": 1.0, "max_judge_failures": 1.0},
+        )  # fmt: skip
+        if self.judge_votes % 2 == 0:
+            raise UserError(f"judge_votes {self.judge_votes}: must be odd, or a median could lie between two scores")
+        if self.judge_votes > 1 and self.judge_reading == "expected":
+            raise UserError("judge_votes: the expected score is already a mean; use --judge-reading digit, or 1 vote")
+
+    @property
+    def is_rule(self) -> bool:
+        return self.judge_model == "rule" and not self.judge_url
+
+    @property
+    def identity(self) -> str:
+        """Judge.identity of the judge that these options open; needs its model folder, where it is not behind a URL."""
+        if self.is_rule:
+            return RuleJudge.identity
+        weights = "" if self.judge_url else folder_fingerprint(resolve_model(self.judge_model))
+        return judge_identity(self.judge_model, weights, self.judge_rubric, self.judge_reading, self.judge_votes)
+
+    def check(self, engine: str) -> None:
+        """UserError for a judge that cannot be had: cheap, so that it shows before anything is loaded."""
+        if self.judge_url or self.is_rule:
+            return
+        resolve_model(self.judge_model)
+        check_installed(engine)
+
+
+@contextmanager
+def open_judge(
+    options: JudgeOptions, engine: str, output_dir: Path, ranks: Ranks, server_options: dict[str, Any] | None = None
+) -> Iterator[Judge]:
+    """The judge, ready to be asked. Every rank must call it; what it started ends with the block, also by an error.
+
+    Args:
+        engine: "vllm" or "torch": what runs --judge-model.
+        server_options: gpu_memory_utilization and kv_cache_memory_bytes of a server that shares its GPUs.
+    """
+    with ExitStack() as stack:
+        if options.is_rule:
+            yield RuleJudge()
+            return
+        if options.judge_url:
+            judge: Judge = connect(options, options.judge_url, ranks)
+        elif engine == "torch":
+            judge = load_judge(
+                options.judge_model, ranks.device, rubric=options.judge_rubric, reading=options.judge_reading,
+                votes=options.judge_votes,
+            )  # fmt: skip
+        else:
+            copies = copies_of(options, ranks)
+            url = stack.enter_context(launched(options, output_dir, ranks, copies, server_options or {}))
+            judge = connect(options, url, ranks, copies)
+        stack.callback(judge.close)
+        cache = VerdictCache(options.judge_cache or output_dir / "verdicts.sqlite")
+        stack.callback(cache.close)
+        yield CachedJudge(judge, cache)
+
+
+def connect(options: JudgeOptions, url: str, ranks: Ranks, copies: int = 1) -> ServerJudge:
+    """A judge behind a URL, after one question that shows what its server can do."""
+    # Of a server that is ours the model folder is here, and its template can be looked at.
+    merge_system = not options.judge_url and drops_system(load_chat(resolve_model(options.judge_model)))
+    judge = ServerJudge(
+        url, options.judge_model, rubric=options.judge_rubric, reading=options.judge_reading,
+        votes=options.judge_votes, concurrency=options.judge_concurrency, timeout=options.judge_timeout,
+        merge_system=merge_system, copies=copies, api_key=os.environ.get(API_KEY, ""),
+        identity=options.identity,
+    )  # fmt: skip
+    try:
+        judge.probe(warn=ranks.is_main)
+    except BaseException:
+        judge.close()
+        raise
+    return judge
+
+
+def copies_of(options: JudgeOptions, ranks: Ranks) -> int:
+    """Copies of the judge behind its server: one on each GPU that it may use."""
+    if ranks.device.type != "cuda":
+        return 1
+    return len(options.judge_gpus.split(",")) if options.judge_gpus else torch.cuda.device_count()
+
+
+@contextmanager
+def launched(
+    options: JudgeOptions, output_dir: Path, ranks: Ranks, copies: int, server_options: dict[str, Any]
+) -> Iterator[str]:
+    """The URL of a vLLM server with the judge: each node's first rank starts it, all ranks of the node share it."""
+    folder = resolve_model(options.judge_model)
+    memory = options.judge_memory or (OWN_GPU_MEMORY if options.judge_gpus else 0.0)
+    settings = ServerSettings(
+        folder=folder, name=options.judge_model, max_length=judge_length(folder), device=ranks.device.type,
+        log=output_dir / f"judge_server{f'_{ranks.rank}' if ranks.rank else ''}.log",
+        gpus=options.judge_gpus, data_parallel=copies,
+        **({"gpu_memory_utilization": memory} if memory else server_options),
+    )  # fmt: skip
+    with ExitStack() as stack:
+        url = failure = ""
+        if ranks.local_rank == 0:
+            try:
+                url = stack.enter_context(JudgeServer(settings)).url  # healthy now
+            except UserError as error:  # the other ranks must hear of it, or they would wait for this one
+                failure = str(error)
+        url, failure = of_node((url, failure), ranks)
+        if failure:
+            raise UserError(failure)
+        yield url
+
+
+def settle(
+    judge: Judge, examples: Sequence[Example], completions: Sequence[str], verdicts: list[Verdict],
+    limit: float, ranks: Ranks = ALONE,
+) -> list[Verdict]:  # fmt: skip
+    """The verdicts, with failed ones asked again while too many failed, over all ranks together.
+
+    Only failures that can pass are asked again (a timeout, a server that is gone). Every rank must call
+    it, with its own verdicts; all of them see the same share and do the same.
+
+    Args:
+        limit: share of failed verdicts that is let be.
+
+    Raises:
+        JudgeFailed: on all ranks, when no try is left, or when the failures that cannot pass are too many alone.
+    """
+    waits = iter(PAUSES)
+    while True:
+        total, failed = 0, Counter[str]()
+        for count, causes in gather_shares([(len(verdicts), count_failures(verdicts))], ranks):
+            total += count
+            failed.update(causes)
+        if sum(failed.values()) <= limit * total:
+            return verdicts
+        lasting = sum(count for cause, count in failed.items() if cause not in TRANSIENT)
+        told = ", ".join(f"{cause} {count}" for cause, count in failed.most_common())
+        state = f"{sum(failed.values())} of {total} verdicts failed ({told}), above {limit:.0%}"
+        pause = next(waits, None)
+        if pause is None or lasting > limit * total:
+            advice = "see judge_said in samples/ or the judge's log; mend the judge, or raise --max-judge-failures"
+            raise JudgeFailed(f"judge: {state}; {advice}")
+        if ranks.is_main:
+            print(f"\nwarning: judge: {state}; asking again in {pause:g} s", file=sys.stderr)
+        time.sleep(pause)
+        places = [place for place, verdict in enumerate(verdicts) if verdict.cause in TRANSIENT]
+        again = judge.judge([examples[place] for place in places], [completions[place] for place in places])
+        verdicts = list(verdicts)
+        for place, verdict in zip(places, again, strict=True):
+            verdicts[place] = verdict
