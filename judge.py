@@ -8,7 +8,7 @@ What it does:
     1. read the questions; their streams safety, borderline and helpfulness are the suites
                                                             kaja.data, kaja.evals.suites
     2. let one model after the other answer all of them, greedily              kaja.engine
-    3. have the judge score every answer, 0-5 points; reward = points / 5      kaja.reward
+    3. have the judge score every answer, 0-5 points; reward = points / 5      kaja.judging, kaja.reward
     4. per model and suite the mean reward with its bootstrap 95% interval, between models the paired
        difference with interval and sign test; failed verdicts are counted and left out
                                                             kaja.evals.judged, kaja.evals.statistics
@@ -16,26 +16,36 @@ What it does:
 
 Every batch of answers and of verdicts is on disk (answers.jsonl) before the next begins: after a kill,
 the same command with --resume auto makes none of them twice.
+
+Whether a judge can be trusted is measured against ratings of people (or of a stronger judge):
+
+    python judge.py calibrate --data kaja/demo_data/rated.jsonl --judge-model elyza/Llama-3-ELYZA-JP-8B-AWQ \\
+        --output-dir runs/calibration
+
+It scores the rated completions and writes agreement, kappa, rank correlation and bias with their
+intervals, per stream, as calibration.json, .md and .html (kaja.evals.calibration).
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+import tyro
 from tqdm import tqdm
 
 from kaja.charts import Run, load_run
 from kaja.checkpoint import load_model, resolve_model
 from kaja.cli import check_range, prepare_output_dir, run
 from kaja.data import Example, load_all
-from kaja.demo_judge import RuleJudge
-from kaja.distributed import setup, teardown
+from kaja.distributed import Ranks, setup, teardown
 from kaja.engine import Engine, make_engine
 from kaja.errors import UserError
 from kaja.evals.answers import Answer, Answers, question_key
+from kaja.evals.calibration import calibration, calibration_table, judge_rated, load_rated
+from kaja.evals.calibration_page import write_calibration
 from kaja.evals.judged import (
     Model,
     answer_questions,
@@ -46,11 +56,13 @@ from kaja.evals.judged import (
     tabulate,
 )
 from kaja.files import read_json, write_json, write_jsonl, write_text
+from kaja.judge_watch import ask_canaries, load_canaries
+from kaja.judging import JudgeOptions, open_judge
 from kaja.report import write_report
-from kaja.engine_judge import load_judge
-from kaja.reward import Judge
-from kaja.rubric import RUBRIC_VERSION
+from kaja.reward import SAID, Judge, JudgeFailed, Verdict
+from kaja.verdict_cache import CachedJudge
 
+VERDICTS_AHEAD = 4  # batches of verdicts are so many times what the judge works on at a time: it is rarely idle
 GPU_MEMORY = 0.85  # share that vLLM takes: the models come one at a time, with no trainer beside them
 # What may differ in config.json between the stages of one model.
 NOT_ARCHITECTURE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map")
@@ -64,10 +76,10 @@ class Config:
     """Files of questions with reference answers: kaja's JSONL, or SOURCE=FILE for the original formats."""
     output_dir: str
     """Folder for config.json, answers.jsonl, scores.json, scores.md and report.html."""
-    judge_model: str = "elyza/Llama-3-ELYZA-JP-8B-AWQ"
-    """Language model that scores answers, or `rule`: the demo's rules for tiny models."""
+    judge: tyro.conf.OmitArgPrefixes[JudgeOptions] = JudgeOptions()
+    """Who scores the answers."""
     engine: Literal["vllm", "torch"] = "vllm"
-    """What generates answers and verdicts: vLLM, or kaja's own sampler in pure torch."""
+    """What generates answers, and runs --judge-model: vLLM, or kaja's own sampler in pure torch."""
     curves: tuple[str, ...] = ()
     """Training runs (folders with metrics.jsonl) whose curves the report shows."""
     max_completion_tokens: int = 512
@@ -94,8 +106,7 @@ def main(config: Config) -> None:
         prepare(name, resolve_model(source), examples, config.max_completion_tokens)
         for name, source in named_sources(config.models).items()
     ]
-    if config.judge_model != "rule":
-        resolve_model(config.judge_model)  # a wrong name shows now, not after hours of answers
+    config.judge.check(config.engine)  # a wrong name shows now, not after hours of answers
     runs = [load_run(folder) for folder in config.curves]
     output_dir = prepare_output_dir(config.output_dir, config, resume=config.resume == "auto", ranks=ranks)
     answers = Answers(output_dir / "answers.jsonl")
@@ -115,13 +126,9 @@ def main(config: Config) -> None:
 
     # Verdicts: the models are gone, the judge has the memory to itself.
     complete = [answers.found[model.name, question_key(example)] for model in models for example in examples]
-    unjudged = [a for a in complete if a.verdict is None or a.judge != config.judge_model]
+    unjudged = [a for a in complete if not is_judged(a, config.judge.identity)]
     if unjudged:
-        rule = config.judge_model == "rule"
-        judge: Judge = RuleJudge() if rule else load_judge(config.judge_model, config.engine, ranks.device)
-        batches = judge_answers(judge, unjudged, batch_size=config.batch_size)
-        save_all(answers, batches, f"{judge.name} verdicts", len(complete), len(unjudged))
-        judge.close()
+        judge_all(config, unjudged, answers, len(complete), output_dir, ranks)
 
     complete = [answers.found[model.name, question_key(example)] for model in models for example in examples]
     publish(config, models, complete, runs, output_dir)
@@ -192,6 +199,37 @@ def weights_fit(model: Model, served: Model) -> bool:
     )
 
 
+def is_judged(answer: Answer, judge: str) -> bool:
+    """Whether this judge has said what it has to say; a failure that is not its own word is asked again."""
+    verdict = answer.verdict
+    return verdict is not None and answer.judge == judge and (verdict.score is not None or verdict.cause in SAID)
+
+
+def look_at_canaries(judge: Judge, options: JudgeOptions, output_dir: Path) -> None:
+    """Print, and write to canaries.json, how well this judge tells answers apart whose order is known."""
+    if options.canary_every:
+        asked = judge.inner if isinstance(judge, CachedJudge) else judge  # what is remembered would never change
+        report = ask_canaries(asked, load_canaries(with_knowledge=not options.is_rule))
+        print("\n".join(report.lines()), file=sys.stderr)
+        write_json(output_dir / "canaries.json", report.record(step=0))
+
+
+def judge_all(
+    config: Config, unjudged: list[Answer], answers: Answers, total: int, output_dir: Path, ranks: Ranks
+) -> None:
+    """The verdicts, each batch on disk before the next begins."""
+    with open_judge(
+        config.judge, config.engine, output_dir, ranks, {"gpu_memory_utilization": GPU_MEMORY}
+    ) as judge:
+        look_at_canaries(judge, config.judge, output_dir)
+        batch_size = max(config.batch_size, VERDICTS_AHEAD * config.judge.judge_concurrency)
+        batches = judge_answers(judge, unjudged, batch_size=batch_size, limit=config.judge.max_judge_failures)
+        try:
+            save_all(answers, batches, f"{judge.name} verdicts", total, len(unjudged))
+        except JudgeFailed as error:
+            raise UserError(f"{error}; answers and verdicts so far are kept, go on with --resume auto") from None
+
+
 def save_all(answers: Answers, batches: Iterable[list[Answer]], what: str, total: int, todo: int) -> None:
     """Write each batch as soon as it is made."""
     with tqdm(desc=what, total=total, initial=total - todo, dynamic_ncols=True) as bar:
@@ -204,9 +242,12 @@ def publish(
     config: Config, models: list[Model], complete: list[Answer], runs: list[Run], output_dir: Path
 ) -> None:
     """Write the numbers, the table and the page, and print the table."""
+    canaries = output_dir / "canaries.json"
     scores = {
-        "judge": config.judge_model,
-        "rubric_version": RUBRIC_VERSION,
+        "judge": config.judge.judge_model,
+        "judge_identity": config.judge.identity,
+        "rubric_version": config.judge.judge_rubric,
+        "canaries": read_json(canaries) if canaries.exists() else None,
         "max_completion_tokens": config.max_completion_tokens,
         "seed": config.seed,
         "models": [{"name": m.name, "folder": str(m.folder), "weights": m.weights} for m in models],
@@ -219,5 +260,59 @@ def publish(
     print(f"\n{score_table(scores)}\n{report}")
 
 
+@dataclass(frozen=True)
+class CalibrateConfig:
+    data: tuple[str, ...]
+    """Files of rated completions: kaja's JSONL with `completion`, `rating` (0 to 5) and, maybe, `rater`."""
+    output_dir: str
+    """Folder for config.json, verdicts.sqlite and calibration.json, .md and .html."""
+    judge: tyro.conf.OmitArgPrefixes[JudgeOptions] = JudgeOptions()
+    """Who is compared with the ratings."""
+    engine: Literal["vllm", "torch"] = "vllm"
+    """What runs --judge-model: vLLM, or kaja's own sampler in pure torch."""
+    resume: Literal["never", "auto"] = "never"
+    """auto: go on with what output_dir holds; no verdict in it is asked for again."""
+    seed: int = 0
+    """Of the bootstrap."""
+
+    def __post_init__(self) -> None:
+        check_range(self, at_least_0=("seed",))
+
+
+def calibrate(config: CalibrateConfig) -> None:
+    """`judge.py calibrate`: how a judge's scores compare with ratings of the same completions."""
+    ranks = setup()
+    if ranks.world_size > 1:
+        raise UserError("judge.py is one process and torchrun started several; launch it with plain python")
+    rated = load_rated(config.data)
+    config.judge.check(config.engine)
+    output_dir = prepare_output_dir(config.output_dir, config, resume=config.resume == "auto", ranks=ranks)
+    server_options = {"gpu_memory_utilization": GPU_MEMORY}
+    with open_judge(config.judge, config.engine, output_dir, ranks, server_options) as judge:
+        look_at_canaries(judge, config.judge, output_dir)
+        # Each batch of verdicts is in verdicts.sqlite before the next begins.
+        batch_size = VERDICTS_AHEAD * config.judge.judge_concurrency
+        batches = judge_rated(judge, rated, batch_size=batch_size, limit=config.judge.max_judge_failures)
+        verdicts: list[Verdict] = []
+        try:
+            with tqdm(desc=f"{judge.name} verdicts", total=len(rated), dynamic_ncols=True) as bar:
+                for batch in batches:
+                    verdicts += batch
+                    bar.update(len(batch))
+        except JudgeFailed as error:
+            raise UserError(f"{error}; the verdicts so far are kept, go on with --resume auto") from None
+        result = calibration(judge, rated, verdicts, seed=config.seed)
+    page = write_calibration(output_dir, result)
+    print(f"\n{calibration_table(result)}\n{page}")
+    teardown()
+
+
+def command(argv: Sequence[str]) -> int:
+    """The exit code of a command line: `calibrate` as its first word picks the other task."""
+    if argv[:1] == ["calibrate"]:
+        return run(calibrate, CalibrateConfig, argv[1:])
+    return run(main, Config, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(run(main, Config))
+    sys.exit(command(sys.argv[1:]))

@@ -7,7 +7,7 @@ What it is: the loop of DeepSeekMath (arXiv 2402.03300) by hand. No value networ
 completion is the mean reward of the other completions of its prompt. Each step:
 
     1. sample `group_size` completions of each prompt         kaja.engine (vLLM, or pure torch)
-    2. let the judge score them: 0-5 points, / 5              kaja.reward
+    2. let the judge score them: 0-5 points, / 5              kaja.judging, kaja.reward
     3. advantages: reward minus group mean, over group std    kaja.loss.group_advantages
     4. old and reference log-probs of the completions         kaja.model.CausalLM
     5. clipped policy steps with KL to the reference          kaja.loss.policy_loss
@@ -31,18 +31,20 @@ from kaja.batching import batch_indices, fingerprint, fresh_indices, mixed_indic
 from kaja.chat import Chat
 from kaja.checkpoint import load_chat, load_model, resolve_model, save_model
 from kaja.cli import check_range, check_same_data, noticing_sigterm, prepare_output_dir, run
+from kaja.contamination import GuardOptions, check_training_data
 from kaja.data import Example, load_all
-from kaja.demo_judge import RuleJudge
 from kaja.distributed import (
-    Ranks, Sharding, clip_gradients, copy_weights, full_tensors, reshard, gather_shares, my_share, recompute_blocks,
-    reduce_stats, setup, teardown,
+    Ranks, Sharding, clip_gradients, copy_weights, full_tensors, gather_shares, my_share, on_main, recompute_blocks,
+    reduce_stats, reshard, setup, teardown,
 )  # fmt: skip
 from kaja.dry_run import dry_run_grpo, judge_config_of, recommendation_grpo
 from kaja.engine import Completion, Engine, EngineFailed, check_installed, make_engine
 from kaja.errors import Stopped, UserError
-from kaja.files import read_json, write_jsonl
+from kaja.files import read_json, write_json, write_jsonl
 from kaja.grpo_plan import GRPOSettings, plan_grpo
 from kaja.health import Health, HealthLimits, health_metrics
+from kaja.judge_watch import ask_canaries, judge_metrics, load_canaries
+from kaja.judging import JudgeOptions, open_judge, settle
 from kaja.loss import (
     add_stats, group_advantages, groups_with_spread, kept_completions, overlong_penalty, policy_loss, summarise_stats,
 )  # fmt: skip
@@ -50,11 +52,11 @@ from kaja.memory_plan import GIB, USABLE
 from kaja.model import CausalLM, ModelConfig
 from kaja.optim import is_due, learning_rate_at, parameter_groups, set_learning_rate
 from kaja.resume import CheckpointWriter, check_room, resume_checkpoint
-from kaja.engine_judge import load_judge
-from kaja.reward import Judge
+from kaja.reward import Judge, JudgeFailed
 from kaja.rollouts import Judging, MicroBatch, Rollout, micro_batches, rollout_metrics, throughput
 from kaja.sync import check_sync
 from kaja.tracking import Stopwatch, Tracker, complete_rows
+from kaja.verdict_cache import CachedJudge
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,14 @@ class Config:
     """Policy to start from, usually the SFT model: a Hugging Face folder or hub id. Also the KL's reference."""
     data: tuple[str, ...] = ()
     """Files of questions with reference answers: kaja's JSONL, or SOURCE=FILE for the original formats."""
+    contamination: tyro.conf.OmitArgPrefixes[GuardOptions] = GuardOptions()
+    """Evaluation sets that must not be trained on."""
     output_dir: str = "runs/grpo"
     """Folder for config.json, metrics.jsonl, samples/, checkpoints/ and the trained model hf/."""
-    judge_model: str = "elyza/Llama-3-ELYZA-JP-8B-AWQ"
-    """Language model that scores completions, or `rule`: the demo's rules for tiny models."""
+    judge: tyro.conf.OmitArgPrefixes[JudgeOptions] = JudgeOptions()
+    """Who scores the completions."""
     engine: Literal["vllm", "torch"] = "vllm"
-    """What samples completions: vLLM, or kaja's own sampler in pure torch."""
+    """What samples completions, and runs --judge-model: vLLM, or kaja's own sampler in pure torch."""
     max_steps: int = 0
     """Steps to take, over as many epochs as they need; 0: one epoch."""
     prompts_per_step: int = 64
@@ -182,16 +186,21 @@ class Sampler:
     judge: Judge
 
 
-# Fields of Algorithm that are policy_loss's arguments of the same name.
 PLANNED_PROMPT = 512  # tokens of the longest prompt, where there is no data to tell
 OVERLONG_PART = 5  # of max_completion_tokens is DAPO's buffer, as in its paper (4,096 of 20,480)
+EXPECTED_AND_GROUP = (
+    "warning: judge_reading expected with advantage_scale group: hardly a group is without spread, and the division "
+    "makes as much of 4.96 against 4.98 as of 1 against 5; consider --advantage-scale batch"
+)
+# Fields of Algorithm that are policy_loss's arguments of the same name.
 LOSS_OPTIONS = ("ratio", "surrogate", "clip_low", "clip_high", "kl_coef", "kl", "correction", "aggregation")
 
 
 def main(config: Config) -> None:
     if config.dry_run:
         settings = plan_settings(config, PLANNED_PROMPT + config.max_completion_tokens, config.world_size)
-        print(dry_run_grpo(config.model, config.judge_model, settings, config.gpu_memory))
+        name, apart = config.judge.judge_model, judge_beside(config) is None
+        print(dry_run_grpo(config.model, name, settings, config.gpu_memory, judge_apart=apart))
         return
     ranks = setup()
     source = resolve_model(config.model)
@@ -200,22 +209,28 @@ def main(config: Config) -> None:
     output_dir = prepare_output_dir(config.output_dir, config, resume=config.resume == "auto", ranks=ranks)
     check_room(output_dir, shape, ranks, checkpoints=config.save_every > 0)
     examples, prompts, max_length = read_prompts(config, shape, chat, ranks)
+    engine_options, judge_options = gpu_shares(config, shape, max_length, ranks)
+    if ranks.is_main and config.judge.judge_reading == "expected" and config.algorithm.advantage_scale == "group":
+        print(EXPECTED_AND_GROUP, file=sys.stderr)
 
-    sharding = Sharding(recompute_blocks(config.activation_checkpointing, ranks), config.cpu_offload)
-    policy = load_model(source, ranks=ranks, sharding=sharding)
-    reference = None
-    if config.algorithm.kl_coef:
-        reference = load_model(source, ranks=ranks, sharding=Sharding(cpu_offload=config.cpu_offload))
-        reference.requires_grad_(False)
-    groups = parameter_groups(policy, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
-    engine, judge = make_engines(config, source, shape, chat, max_length, ranks)
-    sampler = Sampler(chat, examples, prompts, read_quotas(config, examples), engine, judge)
-    train(policy, reference, optimizer, sampler, max_length, config, output_dir, ranks)
-
-    save_model(policy, output_dir / "hf", source, ranks)
-    judge.close()
-    engine.close()
+    # The judge comes first: its server, if it needs one, takes its memory before anybody else does.
+    with open_judge(config.judge, config.engine, output_dir, ranks, judge_options) as judge:
+        sharding = Sharding(recompute_blocks(config.activation_checkpointing, ranks), config.cpu_offload)
+        policy = load_model(source, ranks=ranks, sharding=sharding)
+        reference = None
+        if config.algorithm.kl_coef:
+            reference = load_model(source, ranks=ranks, sharding=Sharding(cpu_offload=config.cpu_offload))
+            reference.requires_grad_(False)
+        groups = parameter_groups(policy, config.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+        engine = make_engine(
+            config.engine, source, stop_token_ids=chat.stop_token_ids, max_length=max_length, device=ranks.device,
+            **engine_options,
+        )  # fmt: skip
+        sampler = Sampler(chat, examples, prompts, read_quotas(config, examples), engine, judge)
+        train(policy, reference, optimizer, sampler, max_length, config, output_dir, ranks)
+        save_model(policy, output_dir / "hf", source, ranks)
+        engine.close()
     teardown()
 
 
@@ -246,7 +261,8 @@ def train(
             # 1, 2. Completions and verdicts: each rank works on its share of the prompts, then all know all.
             try:
                 rollouts, metrics = roll_out(sampler, step, config, ranks, watch)
-            except EngineFailed as error:
+                metrics |= watch_judge(sampler.judge, step, config, output_dir, ranks)
+            except (EngineFailed, JudgeFailed) as error:
                 checkpoints.save(step, policy, optimizer, moving_reference, data=data)
                 checkpoints.close()
                 raise UserError(f"step {step + 1}: {error}; saved before it; go on with --resume auto") from None
@@ -291,7 +307,8 @@ def train(
             tracker.warn(health.check(step + 1, metrics))  # all ranks see the same and stop after the same step
             unhealthy = health.reason_to_stop()
             if ranks.is_main:
-                records = (rollout.record(advantage) for rollout, advantage in zip(rollouts, advantages))
+                judge = {"judge": sampler.judge.identity}
+                records = (rollout.record(advantage) | judge for rollout, advantage in zip(rollouts, advantages))
                 write_jsonl(output_dir / "samples" / f"step_{step + 1:04d}.jsonl", records)
             asked_to_stop = reduce_stats({"sigterm": torch.tensor(sigterm.is_set())}, ranks)["sigterm"] > 0
             if asked_to_stop or unhealthy or (config.save_every and is_due(step, config.save_every, total_steps)):
@@ -307,7 +324,7 @@ def train(
 def plan_settings(config: Config, max_length: int, world_size: int) -> GRPOSettings:
     return GRPOSettings(
         world_size=world_size, max_length=max_length, kl_coef=config.algorithm.kl_coef,
-        activation_checkpointing=config.activation_checkpointing != "off",
+        activation_checkpointing=config.activation_checkpointing != "off", judge_memory=config.judge.judge_memory,
         **{name: getattr(config, name) for name in (
             "prompts_per_step", "group_size", "max_completion_tokens", "micro_batch_size", "updates_per_step",
             "cpu_offload",
@@ -315,29 +332,25 @@ def plan_settings(config: Config, max_length: int, world_size: int) -> GRPOSetti
     )  # fmt: skip
 
 
-def make_engines(
-    config: Config, source: Path, shape: ModelConfig, chat: Chat, max_length: int, ranks: Ranks
-) -> tuple[Engine, Judge]:
-    """The policy's engine and the judge. On a GPU both get the room that the memory plan leaves them."""
-    options: dict[str, Any] = {}
-    judge_options: dict[str, Any] = {}
-    if ranks.device.type == "cuda" and config.engine == "vllm":
-        judge_shape = judge_config_of(config.judge_model)
-        memory = torch.cuda.get_device_properties(ranks.device).total_memory / GIB / USABLE
-        settings = plan_settings(config, max_length, ranks.world_size)
-        plan = plan_grpo(shape, judge_shape, settings, memory)
-        if not plan.fits:
-            raise UserError(f"GPU memory: {recommendation_grpo(shape, judge_shape, settings, memory)}")
-        options = plan.policy.options(plan.usable)
-        if plan.judge is not None:
-            judge_options = {**plan.judge.options(plan.usable), "sleep_mode": False}  # only one engine can sleep
-    engine = make_engine(
-        config.engine, source, stop_token_ids=chat.stop_token_ids, max_length=max_length, device=ranks.device,
-        **options,
-    )  # fmt: skip
-    if config.judge_model == "rule":
-        return engine, RuleJudge()
-    return engine, load_judge(config.judge_model, config.engine, ranks.device, **judge_options)
+def gpu_shares(
+    config: Config, shape: ModelConfig, max_length: int, ranks: Ranks
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options for the policy's engine and the judge's server: the room that the memory plan leaves them on a GPU."""
+    if ranks.device.type != "cuda" or config.engine != "vllm":
+        return {}, {}
+    judge = judge_beside(config)
+    memory = torch.cuda.get_device_properties(ranks.device).total_memory / GIB / USABLE
+    settings = plan_settings(config, max_length, ranks.world_size)
+    plan = plan_grpo(shape, judge, settings, memory)
+    if not plan.fits:
+        raise UserError(f"GPU memory: {recommendation_grpo(shape, judge, settings, memory)}")
+    return plan.policy.options(plan.usable), plan.judge.options(plan.usable) if plan.judge else {}
+
+
+def judge_beside(config: Config) -> dict[str, Any] | None:
+    """config.json of a judge that shares the trainer's GPUs; None where it has its own, is behind a URL, or a rule."""
+    apart = config.judge.judge_url or config.judge.judge_gpus or config.judge.is_rule
+    return None if apart else judge_config_of(config.judge.judge_model)
 
 
 def update_policy(
@@ -377,6 +390,7 @@ def read_prompts(
     All that can be wrong with the input is found here, before any weight is loaded.
     """
     examples = load_all(config.data)
+    on_main(lambda: check_training_data(examples, config.contamination), ranks)
     prompts = [chat.encode_prompt([{"role": "user", "content": example.question}]) for example in examples]
     max_length = max(map(len, prompts)) + config.max_completion_tokens
     if max_length > shape.max_position_embeddings:
@@ -391,8 +405,7 @@ def read_prompts(
         repeated = len(prompts) - len(set(map(tuple, prompts)))
         print(f"{len(prompts)} questions, {repeated} of them the same as another", file=sys.stderr)
     check_installed(config.engine)
-    if config.judge_model != "rule":
-        resolve_model(config.judge_model)
+    config.judge.check(config.engine)
     return examples, prompts, max_length
 
 
@@ -460,9 +473,12 @@ def roll_out(
     indices = step_indices(sampler, step, config)
     rollouts = sample_and_judge(sampler, indices, step, 0, config, ranks, watch)
     spread = groups_with_spread(rewards_of(rollouts, config))
-    metrics = {**rollout_metrics(rollouts), **health_metrics(rollouts)}
+    groups = split(rollouts, config.group_size)
+    seconds = watch.seconds["seconds/generate"] + watch.seconds["seconds/judge"]  # both go on at the same time
+    verdicts = [[rollout.verdict for rollout in group] for group in groups]
+    metrics = {**rollout_metrics(rollouts), **health_metrics(rollouts), **judge_metrics(verdicts, seconds)}
     metrics["groups_without_spread"] = 1 - spread.float().mean().item()
-    used, groups = set(indices), split(rollouts, config.group_size)
+    used = set(indices)
     for draw in range(1, config.resample + 1):
         wanted = (~spread).nonzero().flatten().tolist()
         fresh = fresh_indices(step, draw, len(sampler.examples), len(wanted), used, config.seed)
@@ -517,16 +533,40 @@ def sample_and_judge(
         with watch("judge"):
             verdicts = judging.verdicts(groups)
     rollouts = [
-        [Rollout(example, prompt, completion, sampler.chat.decode(completion.token_ids), verdict)
-         for completion, verdict in zip(group, group_verdicts, strict=True)]
+        Rollout(example, prompt, completion, sampler.chat.decode(completion.token_ids), verdict)
         for example, prompt, group, group_verdicts in zip(asked, prompts, groups, verdicts)
-    ]  # fmt: skip
+        for completion, verdict in zip(group, group_verdicts, strict=True)
+    ]
     with watch("idle"):  # until the slowest rank is done
         failures = [text for text in gather_shares([failure], ranks) if text]
-        everybodys = gather_shares(rollouts, ranks)
     if failures:
         raise EngineFailed(failures[0])
+    with watch("judge"):
+        rollouts = with_verdicts(rollouts, sampler.judge, config.judge.max_judge_failures, ranks)
+    everybodys = gather_shares(split(rollouts, config.group_size), ranks)
     return [rollout for group in everybodys for rollout in group]
+
+
+def with_verdicts(rollouts: list[Rollout], judge: Judge, limit: float, ranks: Ranks) -> list[Rollout]:
+    """The same rollouts, failed verdicts asked for again while too many failed; JudgeFailed if that does not help."""
+    examples, texts, verdicts = (
+        [getattr(rollout, name) for rollout in rollouts] for name in ("example", "text", "verdict")
+    )
+    settled = settle(judge, examples, texts, verdicts, limit, ranks)
+    return [replace(rollout, verdict=verdict) for rollout, verdict in zip(rollouts, settled, strict=True)]
+
+
+def watch_judge(judge: Judge, step: int, config: Config, output_dir: Path, ranks: Ranks) -> dict[str, float]:
+    """Every so many steps, how well the judge still tells known answers apart; rank 0 asks, all ranks know."""
+    if not config.judge.canary_every or step % config.judge.canary_every:
+        return {}
+    asked = judge.inner if isinstance(judge, CachedJudge) else judge  # what is remembered would never change
+    canaries = load_canaries(with_knowledge=not config.judge.is_rule)  # rules know nothing of right and wrong
+    (report, *_) = gather_shares([ask_canaries(asked, canaries) if ranks.is_main else None], ranks)
+    assert report is not None  # rank 0's
+    if ranks.is_main:
+        write_json(output_dir / "samples" / f"canaries_{step + 1:04d}.json", report.record(step + 1))
+    return report.metrics()
 
 
 def split(rollouts: list[Rollout], group_size: int) -> list[list[Rollout]]:

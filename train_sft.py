@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import tyro
 
 from kaja.batching import (
     batch_indices, check_batch_size, cut_into_chunks, filler, fingerprint, pack, plan_streams, steps_per_epoch,
@@ -33,10 +34,11 @@ from kaja.batching import (
 from kaja.chat import Chat, Message, TokenSequence
 from kaja.checkpoint import load_chat, load_model, resolve_model, save_model
 from kaja.cli import check_range, check_same_data, noticing_sigterm, prepare_output_dir, run
+from kaja.contamination import GuardOptions, check_training_data
 from kaja.data import Example, load_all
 from kaja.distributed import (
-    Ranks, Sharding, check_replicas, clip_gradients, recompute_blocks, reduce_gradients, reduce_stats, setup,
-    teardown,
+    Ranks, Sharding, check_replicas, clip_gradients, on_main, recompute_blocks, reduce_gradients, reduce_stats,
+    setup, teardown,
 )  # fmt: skip
 from kaja.dry_run import dry_run
 from kaja.engine import make_engine
@@ -98,6 +100,8 @@ class Config:
     """torch.compile the blocks."""
     replicas: int = 1
     """Copies of the model, each sharded over its part of the ranks (HSDP): as many as nodes."""
+    contamination: tyro.conf.OmitArgPrefixes[GuardOptions] = GuardOptions()
+    """Evaluation sets that must not be trained on."""
     eval_data: tuple[str, ...] = ()
     """Held-out files, in the formats of data: their loss is logged, and their first questions are the samples."""
     eval_every: int = 0
@@ -300,6 +304,7 @@ def report_skipped(row: dict[str, Any], skipped: int, output_dir: Path, ranks: R
 
 def read_data(config: Config, shape: ModelConfig, chat: Chat, ranks: Ranks) -> Data:
     examples, sequences = read_samples(config.data, config, shape, chat, ranks)
+    on_main(lambda: check_training_data(examples, config.contamination), ranks)
     held_out_examples, held_out = read_samples(config.eval_data, config, shape, chat, ranks)
     names = [f"{example.source} {example.id}" for example in examples]
     if config.batch_unit == "chunks":

@@ -47,7 +47,8 @@ HARMLESS = [source for source in SOURCES if not source.startswith("answer_carefu
 HELD_OUT = [str(DEMO_DATA / "evaluation" / f"{stream}.jsonl") for stream in ("borderline", "helpfulness")]
 MAX_TOKENS = 40
 SETTINGS = (
-    "--engine", "torch", "--judge-model", "rule", "--max-steps", "16", "--prompts-per-step", "4", "--group-size", "6",
+    "--engine", "torch", "--judge-model", "rule", "--canary-every", "0",
+    "--max-steps", "16", "--prompts-per-step", "4", "--group-size", "6",
     "--max-completion-tokens", str(MAX_TOKENS), "--micro-batch-size", "24", "--learning-rate", "3e-4",
     "--updates-per-step", "2", "--kl-coef", "0.04",
 )  # fmt: skip
@@ -76,7 +77,7 @@ class Config:
 class FormJudge:
     """A rule as the reward: 2 points for 「はい。」 first, 3 for a reason; 0 if off topic or unfinished."""
 
-    name = "form rule"
+    name = identity = "form rule"
     concurrent = False
 
     def judge(self, examples: Sequence[Example], completions: Sequence[str]) -> list[Verdict]:
@@ -124,7 +125,7 @@ class Curve:
 
 def train(options: Sequence[str], seed: int, judge: type = FormJudge) -> Curve:
     """Run train_grpo.py with FormJudge in the place of the demo's rules."""
-    with tempfile.TemporaryDirectory() as temporary, mock.patch.object(train_grpo, "RuleJudge", judge):
+    with tempfile.TemporaryDirectory() as temporary, mock.patch("kaja.judging.RuleJudge", judge):
         output, said, before = Path(temporary) / "run", io.StringIO(), time.process_time()
         paths = ("--model", str(DEMO_MODEL), "--data", *HARMLESS, "--output-dir", str(output))
         with redirect_stderr(said):

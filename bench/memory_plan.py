@@ -54,7 +54,7 @@ def ladder() -> None:
 
 def grpo() -> None:
     """Peaks without keys and values, and how many completions the rest holds, with and without sleep and judge."""
-    print("\n| GRPO, GiB per GPU, 8 x 80 GB | no engine sleeps | the policy's | and the judge has other GPUs | completions |")
+    print("\n| GRPO, GiB per GPU, 8 x 80 GB | no sleep | sleep | sleep, judge elsewhere | completions |")
     print(f"|---|{'---|' * 4}")
     for size in LADDER:
         config, cells, held = model_config_of(f"llm-jp/llm-jp-3-{size}"), [], []

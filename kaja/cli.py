@@ -27,7 +27,8 @@ ConfigT = TypeVar("ConfigT")
 NOT_COMPARED = (
     "output_dir", "data", "eval_data", "eval_every", "resume", "save_every", "show_data", "dry_run", "world_size",
     "gpu_memory", "max_kl", "generation_timeout", "activation_checkpointing", "cpu_offload", "reduce_every", "compile",
-    "replicas",
+    "replicas", "judge_url", "judge_gpus", "judge_memory", "judge_concurrency", "judge_timeout", "judge_cache",
+    "max_judge_failures", "canary_every", "guard", "allow_contaminated",
 )  # fmt: skip
 LOCK = ".lock"  # in the output folder, locked while a process works there
 # The file system's fault, not kaja's: full, over quota, read-only, or too large a file for it.

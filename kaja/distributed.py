@@ -255,3 +255,13 @@ def gather_shares(mine: list[ItemT], ranks: Ranks) -> list[ItemT]:
     for rank, part in enumerate(parts):
         gathered[rank :: ranks.world_size] = part
     return gathered
+
+
+def of_node(value: ItemT, ranks: Ranks) -> ItemT:
+    """What the first rank of this rank's node holds; every rank must call it."""
+    if ranks.world_size == 1:
+        return value
+    node = int(os.environ.get("GROUP_RANK", 0))  # torchrun's number of the node
+    held: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(held, (node, ranks.local_rank, value))
+    return next(theirs for number, local_rank, theirs in held if (number, local_rank) == (node, 0))

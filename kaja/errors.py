@@ -10,7 +10,7 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """SIGTERM asked a run to stop, and it has saved a checkpoint to go on from. Exit code 143."""
+    """SIGTERM asked a run to stop, and it has saved what it goes on from. Exit code 143."""
 
-    def __init__(self, step: int, total_steps: int) -> None:
-        super().__init__(f"SIGTERM: saved after step {step} of {total_steps}; go on with --resume auto")
+    def __init__(self, step: int, total_steps: int, unit: str = "step") -> None:
+        super().__init__(f"SIGTERM: saved after {unit} {step} of {total_steps}; go on with --resume auto")

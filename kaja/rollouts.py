@@ -52,12 +52,13 @@ class Judging:
     """Verdicts of groups of completions, asked for while other groups are still being generated.
 
     Give `ask` to Engine.generate as on_group, if the judge can work meanwhile; `verdicts` waits for what is
-    under way and asks for the rest at once. A context manager: an error leaves no thread behind.
+    under way and asks for the rest at once. Each group has a thread that waits for its verdicts; how many
+    requests are under way at a time is the judge's business. A context manager: an error leaves no thread behind.
     """
 
     def __init__(self, judge: Judge, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> None:
         self.judge, self.examples, self.decode = judge, examples, decode
-        self._threads = ThreadPoolExecutor(max_workers=1)
+        self._threads = ThreadPoolExecutor(max_workers=max(1, len(examples)))
         self._asked: dict[int, Future[list[Verdict]]] = {}
 
     def ask(self, place: int, group: list[Completion]) -> None:

@@ -130,5 +130,5 @@ def checkpoints_of(folder: Path) -> list[str]:
 def metrics_of(folder: Path) -> list[dict[str, float]]:
     """The rows of a run without what depends on the clock or the process."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    timed = ("seconds", "tokens_per_second", "mfu", "peak_memory")
+    timed = ("seconds", "tokens_per_second", "mfu", "peak_memory", "judge/latency", "judge/tokens_per_second")
     return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in rows]

@@ -1,13 +1,16 @@
 """Files are whole or not there, and errors name the file and the line."""
 
 import shutil
+import subprocess
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from kaja.errors import UserError
 from kaja.files import (
-    append_jsonl, check_free_space, read_json, read_jsonl, read_text, replacing, write_json, write_jsonl,
+    BadRecord, append_jsonl, check_free_space, read_json, read_jsonl, read_text, replacing, write_json, write_jsonl,
 )  # fmt: skip
 
 
@@ -50,7 +53,9 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     [
         (b'{"a": 1}\n{"a": \n', "line 2: not valid JSON"),
         (b'{"a": 1}\n\n[1]\n', "line 3: list where a JSON object is expected"),
-        ("鍵".encode("cp932"), "not UTF-8 (byte 0)"),
+        (b'{"a": 1}\n{"a": "b', "line 2: not valid JSON (column 7: Unterminated string starting at)"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "line 1: not valid JSON (Exceeds the limit (4300 digits)"),
+        (b'{"a": ' + b"[" * 100_000, "line 1: not valid JSON (maximum recursion depth exceeded"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, content: bytes, expected: str) -> None:
@@ -60,6 +65,79 @@ def test_bad_lines_are_named(tmp_path: Path, content: bytes, expected: str) -> N
         list(read_jsonl(path))
     assert str(path) in str(error.value) and expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_bad_lines_can_be_collected_instead(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": \n' + '"鍵"'.encode("cp932") + '\n\n{"a": "二\u2028"}\n{"a'.encode())
+    found: list[BadRecord] = []
+    assert list(read_jsonl(path, found.append)) == [(1, {"a": 1}), (5, {"a": "二\u2028"})]
+    assert [(error.place, error.kind) for error in found] == [
+        (f"{path}, line 2", "not valid JSON"), (f"{path}, line 3", "not UTF-8"), (f"{path}, line 6", "not valid JSON"),
+    ]  # fmt: skip
+
+
+TEXT = "{\"質問\": 1}\n"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "found", "option"),
+    [
+        ("cp932", "line 1: not UTF-8; it looks like Shift_JIS (CP932)", "CP932"),
+        ("euc_jp", "line 1: not UTF-8; it looks like EUC-JP", "EUC-JP"),
+        ("utf-16", "line 1: not UTF-8, it looks like UTF-16", "UTF-16"),
+        ("utf-16-le", "line 1: not UTF-8, it looks like UTF-16LE", "UTF-16LE"),
+        ("utf-16-be", "line 1: not UTF-8, it looks like UTF-16BE", "UTF-16BE"),
+    ],
+)
+@pytest.mark.parametrize("read", [lambda path: list(read_jsonl(path)), read_json, read_text])
+def test_other_encodings_come_with_the_command_that_mends_them(
+    tmp_path: Path, encoding: str, found: str, option: str, read: Callable[[Path], object]
+) -> None:
+    path = tmp_path / "データ 1.jsonl"
+    path.write_bytes(TEXT.encode(encoding))
+    with pytest.raises(UserError) as error:
+        read(path)
+    message = str(error.value)
+    assert f"{path}, {found}; kaja reads UTF-8 only; convert it: `iconv -f {option} -t UTF-8 '{path}' > " in message
+    command = message.split("`")[1]
+    subprocess.run(["bash", "-c", command], check=True)
+    assert (tmp_path / "データ 1.utf8.jsonl").read_text(encoding="utf-8").removeprefix("\ufeff") == TEXT
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b'{}\n{"a": "caf\xe9"}\n', "line 2: not UTF-8; nor a Japanese encoding"),
+        ('{}\n{"a": "鍵", "b": "鍵'.encode()[:-1], "line 2: not UTF-8; it is damaged or cut off"),
+        ('{}\n{"a": "鍵'.encode()[:-1], "line 2: not UTF-8; it is damaged or cut off"),
+        ('{}\n{"a": "鍵'.encode() + b'\x82\xa0"}\n', "line 2: not UTF-8; it is damaged or cut off"),
+    ],
+)
+@pytest.mark.parametrize("read", [lambda path: list(read_jsonl(path)), read_text])
+def test_what_is_in_no_encoding_is_said_so(
+    tmp_path: Path, content: bytes, why: str, read: Callable[[Path], object]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=why):
+        read(path)
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n{"a": 2}\r\n')
+    assert read_text(path) == '{"a": 1}\n{"a": 2}\n'
+    assert list(read_jsonl(path)) == [(1, {"a": 1}), (2, {"a": 2})]
+
+
+def test_long_files_are_read_line_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n' + "{" * 50_000_000, encoding="utf-8")
+    tracemalloc.start()
+    assert next(read_jsonl(path)) == (1, {"a": 1})
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:

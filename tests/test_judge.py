@@ -9,6 +9,7 @@ import pytest
 from conftest import make_model_folder, run_script
 
 import judge
+from kaja.checkpoint import folder_fingerprint
 from kaja.cli import run
 from kaja.demo_judge import RuleJudge
 from kaja.engine import TorchEngine
@@ -56,7 +57,8 @@ def rows_of(output_dir: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def finished(folders: dict[str, Path], questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output_dir = tmp_path_factory.mktemp("eval") / "run"
-    command = arguments(folders, ["base", "sft", "wide"], questions, output_dir, "--judge-model", "rule")
+    options = ("--judge-model", "rule", "--canary-every", "0")
+    command = arguments(folders, ["base", "sft", "wide"], questions, output_dir, *options)
     assert run(judge.main, judge.Config, command) == 0
     return output_dir
 
@@ -68,7 +70,7 @@ def test_everything_is_written(finished: Path, capsys: pytest.CaptureFixture[str
     assert [(row["model"], row["id"]) for row in rows] == [
         (model, str(number)) for model in ("base", "sft", "wide") for number in range(10)
     ]
-    assert read_json(finished / "config.json")["judge_model"] == "rule"
+    assert read_json(finished / "config.json")["judge"]["judge_model"] == "rule"
 
 
 def test_scores_are_those_of_the_verdicts(finished: Path) -> None:
@@ -142,7 +144,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_files(
 
     monkeypatch.setattr(TorchEngine, "generate", watched("generate", TorchEngine.generate))
     monkeypatch.setattr(RuleJudge, "judge", watched("judge", RuleJudge.judge))
-    command = arguments(folders, ["base", "sft", "wide"], questions, tmp_path / "run", "--judge-model", "rule")
+    options = ("--judge-model", "rule", "--batch-size", "4", "--judge-concurrency", "1", "--canary-every", "0")
+    command = arguments(folders, ["base", "sft", "wide"], questions, tmp_path / "run", *options)
     with pytest.raises(KeyboardInterrupt):
         run(judge.main, judge.Config, command)
     with (tmp_path / "run" / "answers.jsonl").open("a", encoding="utf-8") as file:
@@ -178,8 +181,12 @@ def test_a_language_model_as_judge_and_curves(folders: dict[str, Path], question
     options = ("--judge-model", str(judging), "--curves", str(curve))
     command = arguments(folders, ["base"], questions, tmp_path / "run", *options)
     assert run(judge.main, judge.Config, command) == 0
-    scores = read_json(tmp_path / "run" / "scores.json")
-    assert scores["judge"] == str(judging)
+    scores, digest = read_json(tmp_path / "run" / "scores.json"), folder_fingerprint(judging)
+    assert scores["judge"] == str(judging) and scores["judge_identity"] == f"{judging} {digest} slides-1 digit votes1"
+    assert scores["canaries"] == read_json(tmp_path / "run" / "canaries.json")
+    assert 0 <= scores["canaries"]["canary/agreement"] <= 1 and len(scores["canaries"]["checks"]) == 50
+    said = (tmp_path / "run" / "scores.md").read_text(encoding="utf-8")
+    assert f"Of {len(scores['canaries']['checks'])} canaries" in said
     for suite in scores["suites"].values():
         summary = suite["scores"]["base"]
         assert summary["n"] + sum(summary["failures"].values()) == 5

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -11,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import checkpoints_of, command, kill_after, make_model_folder, metrics_of, run_script
+from judge_fixtures import make_judge_folder
 from safetensors.torch import load_file
 
 import train_grpo
+from kaja.checkpoint import folder_fingerprint
 from kaja.data import Example
 from kaja.demo_judge import RuleJudge
 from kaja.engine import Completion, EngineFailed, TorchEngine
-from kaja.reward import Verdict
+from kaja.reward import SERVER_GONE, Verdict
 
 OPTIONS = (
     "--engine", "torch", "--judge-model", "rule", "--prompts-per-step", 10, "--group-size", 4,
@@ -109,8 +112,8 @@ def failing_judge(fails: Callable[[int], bool], *, concurrent: bool) -> type:
 def test_a_judge_that_gives_no_verdict_at_all_is_one_line(
     tmp_path: Path, model_folder: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_grpo, "RuleJudge", failing_judge(lambda place: True, concurrent=False))
-    result = grpo(model_folder, data_file, tmp_path / "run")
+    monkeypatch.setattr("kaja.judging.RuleJudge", failing_judge(lambda place: True, concurrent=False))
+    result = grpo(model_folder, data_file, tmp_path / "run", "--max-judge-failures", 1)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "error: the judge gave no verdict at all (of the first completion: gone)" in result.stderr
 
@@ -130,8 +133,9 @@ def test_a_failed_verdict_takes_no_part(
     tmp_path: Path, model_folder: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A judge that fails on every third completion: no advantage, no reward, and counted."""
-    monkeypatch.setattr(train_grpo, "RuleJudge", failing_judge(lambda place: place % 3 == 0, concurrent=False))
-    assert grpo(model_folder, data_file, tmp_path / "run", "--max-steps", 1).returncode == 0
+    monkeypatch.setattr("kaja.judging.RuleJudge", failing_judge(lambda place: place % 3 == 0, concurrent=False))
+    options = ("--max-steps", 1, "--max-judge-failures", 0.5)
+    assert grpo(model_folder, data_file, tmp_path / "run", *options).returncode == 0
     samples = samples_of(tmp_path / "run", 1)
     assert [s["score"] is None for s in samples] == [i % 3 == 0 for i in range(40)]
     assert all(sample["advantage"] == 0.0 for sample in samples if sample["score"] is None)
@@ -150,18 +154,57 @@ def test_a_sync_that_does_not_arrive_stops_the_run(
     assert "the engine does not hold the trainer's weights" in result.stderr
 
 
-def test_a_judge_that_mostly_fails_ends_the_run_with_a_checkpoint(
-    tmp_path: Path, model_folder: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("concurrent", [True, False])
+def test_a_judge_that_is_gone_ends_the_run_with_a_checkpoint_to_go_on_from(
+    tmp_path: Path, model_folder: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch, concurrent: bool
 ) -> None:
-    # Asked group by group: 3 of 4 fail.
-    monkeypatch.setattr(train_grpo, "RuleJudge", failing_judge(lambda place: place > 0, concurrent=True))
-    options = ("--max-steps", 6)
-    result = grpo(model_folder, data_file, tmp_path / "run", *options)
-    assert result.returncode == 2
-    assert "error: step 3: judge_failures 0.75, 0.75, 0.75 in the last 3 steps, above 0.5" in result.stderr
-    assert checkpoints_of(tmp_path / "run") == ["step_000003"]
+    """Asked again after each pause; the resumed run, with the judge back, ends like one that was never interrupted."""
+    options = ("--max-steps", 4, "--canary-every", 0)
+    assert grpo(model_folder, data_file, tmp_path / "whole", *options).returncode == 0
+    asked = []
+
+    class Gone(RuleJudge):
+        def judge(self, examples: Sequence[Example], completions: Sequence[str]) -> list[Verdict]:
+            asked.append(len(examples))
+            verdicts = super().judge(examples, completions)
+            # The third step's 40 completions come after 80; of them every other one has no verdict, ever again.
+            return [
+                Verdict(None, SERVER_GONE) if sum(asked) > 80 and len(text) % 2 else verdict
+                for text, verdict in zip(completions, verdicts, strict=True)
+            ]
+
+    Gone.concurrent = concurrent
+    with monkeypatch.context() as patched:
+        patched.setattr("kaja.judging.RuleJudge", Gone)
+        patched.setattr("kaja.judging.PAUSES", (0.01, 0.02))
+        result = grpo(model_folder, data_file, tmp_path / "run", *options)
+    assert result.returncode == 2, result.stderr
+    told = r"warning: judge: (\d+) of 40 verdicts failed \(server gone \1\), above 5%; asking again in ([\d.]+) s"
+    pauses = re.findall(told, result.stderr)
+    assert [seconds for _, seconds in pauses] == ["0.01", "0.02"]
+    failed = int(pauses[0][0])
+    assert f"error: step 3: judge: {failed} of 40 verdicts failed (server gone {failed}), above 5%" in result.stderr
+    assert "saved before it; go on with --resume auto" in result.stderr
+    assert sum(asked) == 120 + 2 * failed  # what had a verdict was not asked again
+    assert checkpoints_of(tmp_path / "run") == ["step_000002"]
+
     again = grpo(model_folder, data_file, tmp_path / "run", *options, "--resume", "auto")
-    assert "error: step 4: judge_failures" in again.stderr  # it remembers the steps before
+    assert again.returncode == 0, again.stderr
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
+    mine, theirs = (load_file(tmp_path / run / "hf/model.safetensors") for run in ("run", "whole"))
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_canaries_are_asked_every_so_many_steps(tmp_path: Path, model_folder: Path, data_file: Path) -> None:
+    options = ("--max-steps", 3, "--canary-every", 2)
+    assert grpo(model_folder, data_file, tmp_path / "run", *options).returncode == 0
+    rows = metrics_of(tmp_path / "run")
+    assert [row.get("canary/agreement") for row in rows] == [1.0, None, 1.0]
+    assert sorted(path.name for path in (tmp_path / "run/samples").glob("canaries*")) == [
+        "canaries_0001.json", "canaries_0003.json"
+    ]  # fmt: skip
+    assert rows[0]["judge/share_at_5"] == rows[0]["judge/score_5"]
+    assert sum(rows[0][f"judge/score_{points}"] for points in range(6)) == pytest.approx(1.0)
 
 
 @pytest.mark.gloo
@@ -196,16 +239,27 @@ def test_killed_and_resumed_equals_uninterrupted(
 
 
 @pytest.mark.slow
-def test_a_language_model_judges(tmp_path: Path, model_folder: Path, data_file: Path) -> None:
-    """The recipe's kind of judge, but a random model: mostly no clear score, which is kept as None with its cause."""
+@pytest.mark.parametrize("reading", ["digit", "expected"])
+def test_a_language_model_judges(tmp_path: Path, model_folder: Path, data_file: Path, reading: str) -> None:
+    """The recipe's kind of judge, but a random model in this process. What it said is remembered."""
     judge = make_model_folder(tmp_path / "judge", seed=3, max_position_embeddings=2048)
-    result = grpo(model_folder, data_file, tmp_path / "run", "--judge-model", judge, "--max-steps", 1)
-    assert result.returncode == 0, result.stderr
-    samples = samples_of(tmp_path / "run", 1)
-    failed = [sample for sample in samples if sample["score"] is None]
-    assert failed and all(sample["cause"] == "no clear score" for sample in failed)
-    assert all(sample["judge_said"] for sample in samples)
-    assert metrics_of(tmp_path / "run")[0]["judge_failures"] == pytest.approx(len(failed) / 40)
+    options = ("--judge-model", judge, "--judge-reading", reading, "--max-steps", 1, "--canary-every", 0)
+    shared = ("--judge-cache", tmp_path / "verdicts.sqlite")
+    for run in ("first", "second"):
+        result = grpo(model_folder, data_file, tmp_path / run, *options, *shared)
+        assert result.returncode == 0, result.stderr
+        assert ("judge_reading expected with advantage_scale group" in result.stderr) == (reading == "expected")
+    samples = samples_of(tmp_path / "first", 1)
+    assert all(sample["judge"].startswith(f"{judge} ") for sample in samples)
+    assert all(sample["judge"].endswith(f" slides-1 {reading} votes1") for sample in samples)
+    scores = [sample["score"] for sample in samples]
+    assert all(score in range(6) for score in scores) == (reading == "digit")
+    first, second = metrics_of(tmp_path / "first")[0], metrics_of(tmp_path / "second")[0]
+    assert first["judge_failures"] == 0 and first["judge/remembered"] < 0.5
+    assert second["judge/remembered"] == 1 and "judge/tries" not in second
+    assert samples == samples_of(tmp_path / "second", 1)
+    (digest,) = {sample["judge"].split()[1] for sample in samples}
+    assert digest == folder_fingerprint(judge)
 
 
 @pytest.mark.parametrize(
@@ -376,6 +430,31 @@ def test_real_vllm_on_two_ranks_goes_on_with_the_same_prompts_and_seeds(tmp_path
     assert grpo(folder, data_file, tmp_path / "one", *options, "--resume", "auto").returncode == 0
     assert [sample["id"] for sample in samples_of(tmp_path / "one", 3)] == [sample["id"] for sample in whole]
     assert [sample["completion"] for sample in samples_of(tmp_path / "one", 3)] == [s["completion"] for s in whole]
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.gloo
+@pytest.mark.xdist_group("vllm")
+def test_two_ranks_share_a_judge_whose_server_the_run_starts_and_ends(tmp_path: Path, data_file: Path) -> None:
+    policy, judge = make_model_folder(tmp_path / "model", head_dim=32), make_judge_folder(tmp_path / "judge")
+    options = ("--engine", "vllm", "--judge-model", judge, "--max-steps", 2)
+    result = grpo(policy, data_file, tmp_path / "run", *options, ranks=2)
+    assert result.returncode == 0, result.stderr
+    samples = samples_of(tmp_path / "run", 1)
+    assert all(sample["score"] in range(6) and sample["judge_said"] in tuple("012345") for sample in samples)
+    identity = f"{judge} {folder_fingerprint(judge)} slides-1 digit votes1"
+    assert {sample["judge"] for sample in samples} == {identity}
+    first, second = metrics_of(tmp_path / "run")
+    assert first["judge_failures"] == second["judge_failures"] == 0
+    asked = len({(sample["id"], sample["completion"]) for sample in samples})
+    assert first["judge/remembered"] == pytest.approx(1 - asked / len(samples))
+    assert first["judge/prompt_tokens"] > 500 * asked and first["judge/prefix_cached"] > 0.5
+    assert first["canary/failures"] == 0 and "canary/agreement" not in second
+    # One server, asked by both ranks, and nothing of it is left.
+    log = (tmp_path / "run/judge_server.log").read_text(encoding="utf-8")
+    assert log.count(": life ") == 1 and "ended, as it was told to" in log
+    assert subprocess.run(["pgrep", "-f", f"api_server.*{judge}"], capture_output=True).returncode == 1
 
 
 def test_without_vllm_the_run_ends_before_weights_are_loaded(

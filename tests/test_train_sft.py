@@ -19,6 +19,7 @@ from kaja.batching import batch_indices
 from kaja.chat import TokenSequence
 from kaja.checkpoint import load_chat
 from kaja.data import load_examples
+from kaja.files import write_jsonl
 from kaja.optim import learning_rate_at
 
 OPTIONS = ("--global-batch-size", 8, "--max-length", 128, "--learning-rate", 1e-3)
@@ -326,6 +327,31 @@ def test_show_data_prints_and_trains_nothing(tmp_path: Path, model_folder: Path,
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("### 応答:") == 2 and "</s>" in result.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_data_of_an_evaluation_set_is_refused_unless_told_otherwise(
+    tmp_path: Path, model_folder: Path, data_file: Path
+) -> None:
+    """One record of the demo's own evaluation set, which is always checked, and one of a set named with --guard."""
+    rows = [json.loads(line) for line in data_file.read_text(encoding="utf-8").splitlines()]
+    demo = load_examples(str(ROOT / "kaja/demo_data/evaluation/safety.jsonl"))[0]
+    rows[3]["question"], rows[5]["question"] = f"次の質問に答えて。\n{demo.question}", "湖の水はなぜ冬に底から凍らないのですか。"
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    write_jsonl(tmp_path / "own.jsonl", [{**rows[5], "id": "q1"}])
+    result = sft(model_folder, tmp_path / "data.jsonl", tmp_path / "run")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "error: data: 1 of 50 records are in evaluation sets (demo-safety: 1), the first: question of 'test 3'" in (
+        result.stderr
+    )
+    guard = ("--guard", tmp_path / "own.jsonl")
+    result = sft(model_folder, tmp_path / "data.jsonl", tmp_path / "two", *guard)
+    assert result.returncode == 2 and "2 of 50 records are in evaluation sets" in result.stderr
+    result = sft(model_folder, tmp_path / "data.jsonl", tmp_path / "on", "--allow-contaminated", *guard)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("warning: data: 2 of 50 records are in evaluation sets") == 1
+    # Another guard computes nothing else: the run may be gone on with.
+    result = sft(model_folder, data_file, tmp_path / "on", "--resume", "auto")
+    assert result.returncode == 0, result.stderr
 
 
 def test_long_samples_are_cut_or_left_out_and_counted(tmp_path: Path, model_folder: Path, data_file: Path) -> None:
