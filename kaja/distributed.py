@@ -257,6 +257,12 @@ def gather_shares(mine: list[ItemT], ranks: Ranks) -> list[ItemT]:
     return gathered
 
 
+def from_main(value: ItemT, ranks: Ranks) -> ItemT:
+    """Rank 0's value, on every rank; all must call it, and what the others give is dropped."""
+    (shared,) = gather_shares([value] if ranks.is_main else [], ranks)
+    return shared
+
+
 def of_node(value: ItemT, ranks: Ranks) -> ItemT:
     """What the first rank of this rank's node holds; every rank must call it."""
     if ranks.world_size == 1:

@@ -27,8 +27,8 @@ from torch.distributed.tensor import DTensor
 from kaja.batching import Batch, filler, pack, plan_streams
 from kaja.chat import TokenSequence
 from kaja.distributed import (
-    Ranks, Sharding, apply_fsdp, clip_gradients, full_tensors, make_mesh, named_shards, reduce_gradients,
-    reduce_stats, setup, shard_model, teardown,
+    Ranks, Sharding, apply_fsdp, clip_gradients, full_tensors, make_mesh, named_shards, of_node,
+    reduce_gradients, reduce_stats, setup, shard_model, teardown,
 )  # fmt: skip
 from kaja.files import write_json
 from kaja.loss import sft_loss
@@ -255,6 +255,13 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
+def first_of_two_nodes(ranks: Ranks) -> list[str]:
+    """What each rank gets of its node's first, if half of the ranks were on another node."""
+    node, local_rank = divmod(ranks.rank, ranks.world_size // 2)
+    with mock.patch.dict(os.environ, {"GROUP_RANK": str(node)}):
+        return gathered(of_node(f"rank {ranks.rank}", replace(ranks, local_rank=local_rank)))
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     ranks = setup()
@@ -273,6 +280,7 @@ def main(folder: Path) -> None:
         mesh = make_mesh(ranks, replicas)
         records["meshes"][replicas] = [list(mesh.mesh_dim_names), mesh.mesh.tolist()]
         records["shards"][replicas] = shard_sizes(Sharding(replicas=replicas), ranks)
+    records["nodes"] = first_of_two_nodes(ranks)
     if world_size == 2:
         records |= {"names": names_after_scoring(ranks), "bfloat16": bfloat16_step(ranks)}
         records["memory"] = gathered(watch_memory(ranks))

@@ -1,5 +1,6 @@
 """The contamination guard: what it finds and what it lets pass, in Japanese as people write it; files and commands."""
 
+import doctest
 import json
 import random
 import re
@@ -13,16 +14,16 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from kaja import cli, contamination
+from kaja import cli, contamination, evaluation_sets, text_hashes
 from kaja.contamination import (
-    BUILT_IN, CheckConfig, GuardIndex, GuardOptions, Hashed, Hit, build_index, check, check_training_data, load_guard,
-    remove_hits,
+    BUILT_IN, CheckConfig, GuardIndex, GuardOptions, Hit, build_index, check, check_training_data, load_guard,
 )  # fmt: skip
 from kaja.data import Example, load_examples
 from kaja.demo_corpus import ANSWERS as DEMO_ANSWERS
 from kaja.demo_corpus import DEMO_DATA, QUESTIONS, REASONS, REFUSALS_WITH_REASON, topics
 from kaja.errors import UserError
 from kaja.files import read_jsonl, write_json, write_jsonl, write_text
+from kaja.guard_index import to_row
 
 # (question of the evaluation, another one that shares its set phrases or its form and asks for something else)
 SISTERS = [
@@ -164,7 +165,7 @@ def test_a_question_is_found_in_an_answer(index: GuardIndex) -> None:
     assert hit == Hit("r", "answer", "real", "3", "question", "whole", 1.0)
 
 
-@pytest.mark.parametrize(("edits", "least"), [(1, 0.9), (2, 0.82), (3, 0.7), (4, 0.6)])
+@pytest.mark.parametrize(("edits", "least"), [(1, 0.9), (2, 0.84), (3, 0.75), (4, 0.68)])
 def test_questions_with_a_few_characters_edited(edits: int, least: float, index: GuardIndex) -> None:
     rng = random.Random(7)
     assert least <= recall([edited(text, edits, rng) for text in QUESTIONS_OF_SET * 10], index) < 1
@@ -180,7 +181,7 @@ def test_questions_with_a_few_characters_edited(edits: int, least: float, index:
 ])  # fmt: skip
 def test_the_same_question_a_little_reworded_is_found(original: str, paraphrase: str, index: GuardIndex) -> None:
     (hit,) = hits_of([paraphrase], index)
-    assert QUESTIONS_OF_SET[int(hit.item)] == original and hit.kind == "near-duplicate" and 0.7 <= hit.share < 1
+    assert QUESTIONS_OF_SET[int(hit.item)] == original and hit.kind == "near-duplicate" and 0.65 <= hit.share < 1
     (hit,) = hits_of(["次の質問に百字で答えてください。その際、根拠となる資料も挙げること。\n" + paraphrase], index)
     assert QUESTIONS_OF_SET[int(hit.item)] == original
 
@@ -242,34 +243,10 @@ def test_one_hit_for_a_record_and_an_example_the_clearest_first(index: GuardInde
 def test_chunks_do_not_change_the_hits(index: GuardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [text for pair in SISTERS for text in pair]
     whole = hits_of(texts, index)
-    monkeypatch.setattr(contamination, "CHUNK", 60)
+    monkeypatch.setattr(text_hashes, "CHUNK", 60)
     assert hits_of(texts, index) == whole and len(whole) == len(SISTERS)
     again = build_index({"real": [example(str(n), text) for n, text in enumerate(QUESTIONS_OF_SET)]})
     assert [item.whole for item in again.items] == [item.whole for item in index.items[: len(SISTERS)]]
-
-
-def polynomial(text: str) -> int:
-    """The hash of a text by its definition, in Python's integers: what other machines and versions must give."""
-    def scrambled(value: int) -> int:
-        value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-        value = (value ^ value >> 27) * 0x94D049BB133111EB % 2**64
-        return value ^ value >> 31
-
-    total = sum(scrambled(ord(c) + 0xB7E151628AED2A6B) * pow(0x9E3779B97F4A7C15, n, 2**64) for n, c in enumerate(text))
-    return scrambled(total % 2**64 ^ len(text))
-
-
-def test_hashes_are_what_they_are_everywhere() -> None:
-    hashed = Hashed(["ＡＢｃ、ｶﾞラスの 皿", "", "硝子のお皿とガラスの皿"])
-    folded = ["abcガラスの皿", "", "硝子のお皿とガラスの皿"]
-    wholes = hashed.spans(hashed.bounds[:-1], hashed.bounds[1:])
-    assert [int(value) for value in wholes] == [polynomial(text) for text in folded]
-    grams, owner = hashed.grams(6)
-    expected = [(polynomial(text[n : n + 6]), i) for i, text in enumerate(folded) for n in range(len(text) - 5)]
-    assert [(int(value), int(text)) for value, text in zip(grams, owner)] == expected
-    assert set(hashed.pairs(2)) == {polynomial(pair) >> 48 for pair in ("硝子", "ガラ", "ラス")}
-    assert hashed.trigrams(0).tolist() == sorted({polynomial(folded[0][n : n + 3]) >> 48 for n in range(6)})
-    assert polynomial("鍵") == 0x81e71820aaa44977  # a change of the constants breaks all indexes: raise VERSION
 
 
 def test_an_index_is_the_same_after_saving_and_holds_no_text(index: GuardIndex, tmp_path: Path) -> None:
@@ -316,7 +293,7 @@ def test_the_built_in_index_is_that_of_the_demos_evaluation_files() -> None:
     sets = {f"demo-{path.stem}": load_examples(str(path)) for path in (DEMO_DATA / "evaluation").glob("*.jsonl")}
     built, shipped = build_index(sets), GuardIndex.load(BUILT_IN)
     assert shipped.sets == built.sets == {"demo-safety": 96, "demo-borderline": 96, "demo-helpfulness": 96}
-    rows = [sorted(json.dumps(contamination.to_row(item)) for item in index.items) for index in (built, shipped)]
+    rows = [sorted(json.dumps(to_row(item)) for item in index.items) for index in (built, shipped)]
     assert rows[0] == rows[1]
     questions = [e.question for examples in sets.values() for e in examples]
     assert len({hit.record for hit in hits_of(questions, load_guard(()))}) == 288
@@ -381,6 +358,10 @@ def test_broken_evaluation_sets_are_one_line(tmp_path: Path, name: str, content:
         load_guard([str(tmp_path / name)])
 
 
+def test_the_examples_of_names_and_prompts() -> None:
+    assert doctest.testmod(evaluation_sets) == (0, 4)
+
+
 def test_two_sets_need_two_names(tmp_path: Path) -> None:
     path = write_own(tmp_path / "a.jsonl", [example("1", QUESTIONS_OF_SET[0])])
     with pytest.raises(UserError, match="'a' is the name of two sets"):
@@ -403,13 +384,6 @@ def test_training_data_with_hits_is_refused_or_warned_about(tmp_path: Path, caps
     check_training_data(data, GuardOptions((guard,), allow_contaminated=True))
     assert capsys.readouterr().err == f"warning: data: {said}; scores on these sets will be too good\n"
     check_training_data(data, GuardOptions())  # of the demo it has nothing
-
-
-def test_hits_are_removed_and_listed(index: GuardIndex) -> None:
-    data = [example("same", QUESTIONS_OF_SET[0]), example("same", SISTERS[0][1]), example("c", "あ", ANSWERS[0][0])]
-    clean, hits = remove_hits(data, index)
-    assert clean == [data[1]]
-    assert [(hit.record, hit.field, hit.item) for hit in hits] == [("same", "question", "0"), ("c", "answer", "a0")]
 
 
 def command(*options: object) -> subprocess.CompletedProcess[str]:

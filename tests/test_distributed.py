@@ -196,6 +196,13 @@ def test_ranks_hold_only_their_shards(world_size: int, replicas: int, launched: 
 
 @pytest.mark.gloo
 @pytest.mark.slow
+@pytest.mark.gloo
+def test_a_nodes_first_rank_speaks_for_the_node(launched: Launched) -> None:
+    assert records_of(launched(2))["nodes"] == ["rank 0", "rank 1"]
+    assert records_of(launched(4))["nodes"] == ["rank 0", "rank 0", "rank 2", "rank 2"]
+
+
+@pytest.mark.slow
 def test_copies_are_of_neighbouring_ranks(launched: Launched) -> None:
     """torchrun numbers the ranks of a node one after another: a copy stays inside a node."""
     assert records_of(launched(2))["meshes"] == {

@@ -11,22 +11,24 @@ SCRIPTS = ("synth", "train_sft", "train_grpo", "judge")
 
 # A module may import lower layers and its own layer. A package counts as one module.
 LAYERS = {
-    0: ("errors", "loss", "model", "optim", "flops", "chat", "rubric"),
+    0: ("errors", "loss", "model", "optim", "flops", "chat", "rubric", "text_hashes"),
     1: ("distributed", "tracking", "files", "cli"),
     2: (
         "data", "batching", "checkpoint", "resume", "memory_plan", "grpo_plan", "dry_run",
-        "sampling", "sync", "engine", "supervisor", "judge_server", "contamination",
+        "sampling", "sync", "engine", "supervisor", "judge_server",
+        "guard_index", "evaluation_sets", "contamination",
     ),
     3: (
-        "reward", "server_judge", "engine_judge", "verdict_cache", "judge_watch", "judging", "rollouts", "health",
-        "filters", "dedup", "synthesis", "dataset_card", "evals", "merge", "charts", "report",
+        "reward", "chat_completions", "server_judge", "engine_judge", "verdict_cache", "judge_watch", "judging",
+        "rollouts", "health",
+        "filters", "dedup", "synthesis", "teacher", "rounds", "dataset_card", "evals", "merge", "charts", "report",
         "demo", "demo_corpus", "demo_judge", "demo_pretrain", "demo_teacher",
     ),
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 
 # May be missing: imported inside a function that turns ImportError into a line saying how to install it.
-OPTIONAL = ("vllm", "torch.utils.tensorboard", "tensorboard", "matplotlib", "datasets", "pyarrow", "datasketch")
+OPTIONAL = ("vllm", "torch.utils.tensorboard", "tensorboard", "matplotlib", "datasets", "pyarrow")
 # Layer 0 is mathematics and text: nothing of these, nothing of the file system.
 NOT_IN_LAYER_0 = ("os", "pathlib", "shutil", "subprocess", "socket", "urllib", "torch.distributed")
 UNSAFE_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve")
