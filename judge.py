@@ -27,6 +27,7 @@ intervals, per stream, as calibration.json, .md and .html (kaja.evals.calibratio
 """
 
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +57,8 @@ from kaja.evals.judged import (
     tabulate,
 )
 from kaja.files import read_json, write_json, write_jsonl, write_text
-from kaja.judge_watch import ask_canaries, load_canaries
-from kaja.judging import JudgeOptions, open_judge
+from kaja.judge_watch import ask_canaries, cost_line, load_canaries
+from kaja.judging import JudgeOptions, open_judge, tell_of_missing_references
 from kaja.report import write_report
 from kaja.reward import SAID, Judge, JudgeFailed, Verdict
 from kaja.verdict_cache import CachedJudge
@@ -102,6 +103,7 @@ def main(config: Config) -> None:
         raise UserError("judge.py is one process and torchrun started several; launch it with plain python")
     examples = load_all(config.data)
     check_examples(examples)
+    tell_of_missing_references(examples)
     models = [
         prepare(name, resolve_model(source), examples, config.max_completion_tokens)
         for name, source in named_sources(config.models).items()
@@ -126,9 +128,11 @@ def main(config: Config) -> None:
 
     # Verdicts: the models are gone, the judge has the memory to itself.
     complete = [answers.found[model.name, question_key(example)] for model in models for example in examples]
-    unjudged = [a for a in complete if not is_judged(a, config.judge.identity)]
+    identity = config.judge.identity
+    unjudged = [answer for answer in complete if not is_judged(answer, identity)]
+    judged = [answer.verdict for answer in complete if answer.verdict and is_judged(answer, identity)]
     if unjudged:
-        judge_all(config, unjudged, answers, len(complete), output_dir, ranks)
+        judge_all(config, unjudged, judged, answers, output_dir, ranks)
 
     complete = [answers.found[model.name, question_key(example)] for model in models for example in examples]
     publish(config, models, complete, runs, output_dir)
@@ -215,7 +219,7 @@ def look_at_canaries(judge: Judge, options: JudgeOptions, output_dir: Path) -> N
 
 
 def judge_all(
-    config: Config, unjudged: list[Answer], answers: Answers, total: int, output_dir: Path, ranks: Ranks
+    config: Config, unjudged: list[Answer], judged: list[Verdict], answers: Answers, output_dir: Path, ranks: Ranks
 ) -> None:
     """The verdicts, each batch on disk before the next begins."""
     with open_judge(
@@ -223,11 +227,21 @@ def judge_all(
     ) as judge:
         look_at_canaries(judge, config.judge, output_dir)
         batch_size = max(config.batch_size, VERDICTS_AHEAD * config.judge.judge_concurrency)
-        batches = judge_answers(judge, unjudged, batch_size=batch_size, limit=config.judge.max_judge_failures)
+        batches = judge_answers(
+            judge, unjudged, batch_size=batch_size, limit=config.judge.max_judge_failures, judged=judged
+        )
+        started = time.perf_counter()
         try:
-            save_all(answers, batches, f"{judge.name} verdicts", total, len(unjudged))
+            save_all(answers, batches, f"{judge.name} verdicts", len(judged) + len(unjudged), len(unjudged))
         except JudgeFailed as error:
             raise UserError(f"{error}; answers and verdicts so far are kept, go on with --resume auto") from None
+    made = (answers.found[answer.model, question_key(answer.example)].verdict for answer in unjudged)
+    tell_cost([verdict for verdict in made if verdict], time.perf_counter() - started)
+
+
+def tell_cost(verdicts: list[Verdict], seconds: float) -> None:
+    if line := cost_line(verdicts, seconds):
+        print(line, file=sys.stderr)
 
 
 def save_all(answers: Answers, batches: Iterable[list[Answer]], what: str, total: int, todo: int) -> None:
@@ -285,6 +299,7 @@ def calibrate(config: CalibrateConfig) -> None:
     if ranks.world_size > 1:
         raise UserError("judge.py is one process and torchrun started several; launch it with plain python")
     rated = load_rated(config.data)
+    tell_of_missing_references([one.example for one in rated])
     config.judge.check(config.engine)
     output_dir = prepare_output_dir(config.output_dir, config, resume=config.resume == "auto", ranks=ranks)
     server_options = {"gpu_memory_utilization": GPU_MEMORY}
@@ -294,6 +309,7 @@ def calibrate(config: CalibrateConfig) -> None:
         batch_size = VERDICTS_AHEAD * config.judge.judge_concurrency
         batches = judge_rated(judge, rated, batch_size=batch_size, limit=config.judge.max_judge_failures)
         verdicts: list[Verdict] = []
+        started = time.perf_counter()
         try:
             with tqdm(desc=f"{judge.name} verdicts", total=len(rated), dynamic_ncols=True) as bar:
                 for batch in batches:
@@ -301,6 +317,7 @@ def calibrate(config: CalibrateConfig) -> None:
                     bar.update(len(batch))
         except JudgeFailed as error:
             raise UserError(f"{error}; the verdicts so far are kept, go on with --resume auto") from None
+        tell_cost(verdicts, time.perf_counter() - started)
         result = calibration(judge, rated, verdicts, seed=config.seed)
     page = write_calibration(output_dir, result)
     print(f"\n{calibration_table(result)}\n{page}")

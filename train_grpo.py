@@ -20,7 +20,8 @@ a step (8 per device x 8 accumulated x 8 GPUs, in completions, is 64 prompts), 1
 
 import math
 import sys
-from dataclasses import dataclass, replace
+import threading
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,8 +35,8 @@ from kaja.cli import check_range, check_same_data, noticing_sigterm, prepare_out
 from kaja.contamination import GuardOptions, check_training_data
 from kaja.data import Example, load_all
 from kaja.distributed import (
-    Ranks, Sharding, clip_gradients, copy_weights, full_tensors, gather_shares, my_share, on_main, recompute_blocks,
-    reduce_stats, reshard, setup, teardown,
+    Ranks, Sharding, clip_gradients, copy_weights, from_main, full_tensors, gather_shares, my_share, on_main,
+    recompute_blocks, reduce_stats, reshard, setup, teardown,
 )  # fmt: skip
 from kaja.dry_run import dry_run_grpo, judge_config_of, recommendation_grpo
 from kaja.engine import Completion, Engine, EngineFailed, check_installed, make_engine
@@ -44,7 +45,7 @@ from kaja.files import read_json, write_json, write_jsonl
 from kaja.grpo_plan import GRPOSettings, plan_grpo
 from kaja.health import Health, HealthLimits, health_metrics
 from kaja.judge_watch import ask_canaries, judge_metrics, load_canaries
-from kaja.judging import JudgeOptions, open_judge, settle
+from kaja.judging import JudgeOptions, check_apart, open_judge, settle, tell_of_missing_references
 from kaja.loss import (
     add_stats, group_advantages, groups_with_spread, kept_completions, overlong_penalty, policy_loss, summarise_stats,
 )  # fmt: skip
@@ -52,7 +53,7 @@ from kaja.memory_plan import GIB, USABLE
 from kaja.model import CausalLM, ModelConfig
 from kaja.optim import is_due, learning_rate_at, parameter_groups, set_learning_rate
 from kaja.resume import CheckpointWriter, check_room, resume_checkpoint
-from kaja.reward import Judge, JudgeFailed
+from kaja.reward import Judge, JudgeFailed, Verdict
 from kaja.rollouts import Judging, MicroBatch, Rollout, micro_batches, rollout_metrics, throughput
 from kaja.sync import check_sync
 from kaja.tracking import Stopwatch, Tracker, complete_rows
@@ -184,6 +185,7 @@ class Sampler:
     quotas: dict[str, int]  # questions of each stream in a step; empty: as they come
     engine: Engine
     judge: Judge
+    sigterm: threading.Event = field(default_factory=threading.Event)
 
 
 PLANNED_PROMPT = 512  # tokens of the longest prompt, where there is no data to tell
@@ -256,6 +258,7 @@ def train(
         CheckpointWriter(output_dir, ranks) as checkpoints,
         noticing_sigterm() as sigterm,
     ):
+        sampler = replace(sampler, sigterm=sigterm)
         for step in range(state["step"], total_steps):
             watch = Stopwatch()
             # 1, 2. Completions and verdicts: each rank works on its share of the prompts, then all know all.
@@ -265,6 +268,8 @@ def train(
             except (EngineFailed, JudgeFailed) as error:
                 checkpoints.save(step, policy, optimizer, moving_reference, data=data)
                 checkpoints.close()
+                if any_set(sigterm, ranks):
+                    raise Stopped(step, total_steps) from None
                 raise UserError(f"step {step + 1}: {error}; saved before it; go on with --resume auto") from None
 
             # 3. Advantages. A failed verdict is NaN: it takes no part in its group, and is not kept.
@@ -310,7 +315,7 @@ def train(
                 judge = {"judge": sampler.judge.identity}
                 records = (rollout.record(advantage) | judge for rollout, advantage in zip(rollouts, advantages))
                 write_jsonl(output_dir / "samples" / f"step_{step + 1:04d}.jsonl", records)
-            asked_to_stop = reduce_stats({"sigterm": torch.tensor(sigterm.is_set())}, ranks)["sigterm"] > 0
+            asked_to_stop = any_set(sigterm, ranks)
             if asked_to_stop or unhealthy or (config.save_every and is_due(step, config.save_every, total_steps)):
                 checkpoints.save(step + 1, policy, optimizer, moving_reference, data=data)
             if unhealthy:
@@ -319,6 +324,10 @@ def train(
             if asked_to_stop:
                 checkpoints.close()
                 raise Stopped(step + 1, total_steps)
+
+
+def any_set(sigterm: threading.Event, ranks: Ranks) -> bool:
+    return reduce_stats({"sigterm": torch.tensor(sigterm.is_set())}, ranks)["sigterm"] > 0
 
 
 def plan_settings(config: Config, max_length: int, world_size: int) -> GRPOSettings:
@@ -338,6 +347,7 @@ def gpu_shares(
     """Options for the policy's engine and the judge's server: the room that the memory plan leaves them on a GPU."""
     if ranks.device.type != "cuda" or config.engine != "vllm":
         return {}, {}
+    check_apart(config.judge, ranks)
     judge = judge_beside(config)
     memory = torch.cuda.get_device_properties(ranks.device).total_memory / GIB / USABLE
     settings = plan_settings(config, max_length, ranks.world_size)
@@ -404,6 +414,7 @@ def read_prompts(
     if ranks.is_main:
         repeated = len(prompts) - len(set(map(tuple, prompts)))
         print(f"{len(prompts)} questions, {repeated} of them the same as another", file=sys.stderr)
+        tell_of_missing_references(examples)
     check_installed(config.engine)
     config.judge.check(config.engine)
     return examples, prompts, max_length
@@ -432,11 +443,6 @@ def rewards_of(rollouts: list[Rollout], config: Config) -> torch.Tensor:
         lengths = torch.tensor([rollout.length for rollout in rollouts])
         limit = config.max_completion_tokens
         rewards = rewards + overlong_penalty(lengths, limit, buffer=max(1, limit // OVERLONG_PART))
-    if rewards.isnan().all():
-        raise UserError(
-            f"the judge gave no verdict at all (of the first completion: {rollouts[0].verdict.cause}); mend it, "
-            f"--resume auto goes on from the last checkpoint"
-        )
     return rewards.view(-1, config.group_size)
 
 
@@ -472,6 +478,11 @@ def roll_out(
     """
     indices = step_indices(sampler, step, config)
     rollouts = sample_and_judge(sampler, indices, step, 0, config, ranks, watch)
+    if all(rollout.verdict.score is None for rollout in rollouts):
+        raise UserError(
+            f"the judge gave no verdict at all (of the first completion: {rollouts[0].verdict.cause}); mend it, "
+            f"--resume auto goes on from the last checkpoint"
+        )
     spread = groups_with_spread(rewards_of(rollouts, config))
     groups = split(rollouts, config.group_size)
     seconds = watch.seconds["seconds/generate"] + watch.seconds["seconds/judge"]  # both go on at the same time
@@ -518,20 +529,22 @@ def sample_and_judge(
     seeds, mine = list(range(first, first + len(indices))), my_share(indices, ranks)
     asked, prompts = [sampler.examples[index] for index in mine], [sampler.prompts[index] for index in mine]
     groups: list[list[Completion]] = []
+    verdicts: list[list[Verdict]] = []
     failure = ""
     with Judging(sampler.judge, asked, sampler.chat.decode) as judging:
-        with watch("generate"):
-            try:
+        try:
+            with watch("generate"):
                 groups = sampler.engine.generate(
                     prompts, seeds=my_share(seeds, ranks), group_size=config.group_size,
                     max_tokens=config.max_completion_tokens, temperature=config.temperature,
                     top_p=config.top_p, top_k=config.top_k, timeout=config.generation_timeout or None,
                     on_group=judging.ask if sampler.judge.concurrent else None,
                 )  # fmt: skip
-            except EngineFailed as error:  # the other ranks must hear of it, or they would wait for this one
-                failure = f"rank {ranks.rank}: {error}"
-        with watch("judge"):
-            verdicts = judging.verdicts(groups)
+            with watch("judge"):
+                verdicts = judging.verdicts(groups)
+        # UserError: the cache's file. The other ranks must hear of it, or they would wait for this one.
+        except (EngineFailed, UserError) as error:
+            failure = f"rank {ranks.rank}: {error}"
     rollouts = [
         Rollout(example, prompt, completion, sampler.chat.decode(completion.token_ids), verdict)
         for example, prompt, group, group_verdicts in zip(asked, prompts, groups, verdicts)
@@ -542,17 +555,21 @@ def sample_and_judge(
     if failures:
         raise EngineFailed(failures[0])
     with watch("judge"):
-        rollouts = with_verdicts(rollouts, sampler.judge, config.judge.max_judge_failures, ranks)
+        rollouts = with_verdicts(rollouts, sampler, config, ranks)
     everybodys = gather_shares(split(rollouts, config.group_size), ranks)
     return [rollout for group in everybodys for rollout in group]
 
 
-def with_verdicts(rollouts: list[Rollout], judge: Judge, limit: float, ranks: Ranks) -> list[Rollout]:
-    """The same rollouts, failed verdicts asked for again while too many failed; JudgeFailed if that does not help."""
+def with_verdicts(rollouts: list[Rollout], sampler: Sampler, config: Config, ranks: Ranks) -> list[Rollout]:
+    """The same rollouts, failed verdicts asked for again while too many of a step's failed; JudgeFailed if that
+    does not help."""
     examples, texts, verdicts = (
         [getattr(rollout, name) for rollout in rollouts] for name in ("example", "text", "verdict")
     )
-    settled = settle(judge, examples, texts, verdicts, limit, ranks)
+    settled = settle(
+        sampler.judge, examples, texts, verdicts, config.judge.max_judge_failures, ranks,
+        out_of=config.prompts_per_step * config.group_size, stop=sampler.sigterm,
+    )  # fmt: skip
     return [replace(rollout, verdict=verdict) for rollout, verdict in zip(rollouts, settled, strict=True)]
 
 
@@ -562,7 +579,7 @@ def watch_judge(judge: Judge, step: int, config: Config, output_dir: Path, ranks
         return {}
     asked = judge.inner if isinstance(judge, CachedJudge) else judge  # what is remembered would never change
     canaries = load_canaries(with_knowledge=not config.judge.is_rule)  # rules know nothing of right and wrong
-    (report, *_) = gather_shares([ask_canaries(asked, canaries) if ranks.is_main else None], ranks)
+    report = from_main(ask_canaries(asked, canaries) if ranks.is_main else None, ranks)
     assert report is not None  # rank 0's
     if ranks.is_main:
         write_json(output_dir / "samples" / f"canaries_{step + 1:04d}.json", report.record(step + 1))

@@ -31,16 +31,17 @@ CONTENT_FILTER = re.compile(r"content_filter|content management policy", re.IGNO
 
 
 def base_url(url: str) -> str:
-    """The URL under which the interface lies; /v1 is added where only a host was named."""
+    """The URL under which the interface lies: /v1 is added where only a host was named, the request's own path cut."""
     try:
         parsed = httpx2.URL(url.strip())
     except httpx2.InvalidURL:
         parsed = httpx2.URL("")
     if parsed.userinfo or parsed.query:
         raise UserError("judge_url: holds more than an address, maybe a secret; give a key as the API key instead")
-    if parsed.scheme not in ("http", "https") or not parsed.host:
+    if parsed.scheme not in ("http", "https") or not parsed.host or not 0 < (parsed.port or 80) < 1 << 16:
         raise UserError(f"judge_url {url!r}: must be a server's address, like http://127.0.0.1:8000")
-    return str(parsed.copy_with(path=parsed.path.rstrip("/") or "/v1", fragment=None))
+    path = parsed.path.rstrip("/").removesuffix("/chat/completions")
+    return str(parsed.copy_with(path=path or "/v1", fragment=None))
 
 
 def is_loopback(url: str) -> bool:
@@ -90,8 +91,8 @@ def read_answer(content: bytes, reading: str, votes: int) -> Verdict:
 
 def read_choice(choice: dict[str, Any], reading: str) -> Verdict:
     """One of the answers in a chat completion."""
-    text = choice["message"].get("content") or ""
-    refusal = choice["message"].get("refusal")
+    text = writable(choice["message"].get("content") or "")
+    refusal = writable(choice["message"].get("refusal") or "")
     if refusal or choice.get("finish_reason") == "content_filter":
         return Verdict(None, REFUSED, refusal or text)
     if reading == "digit":
@@ -104,6 +105,11 @@ def read_choice(choice: dict[str, Any], reading: str) -> Verdict:
     if probabilities is None:
         return Verdict(None, UNCLEAR, text)
     return Verdict(expected_score(probabilities), text=describe_probabilities(probabilities))
+
+
+def writable(text: str) -> str:
+    """Half a surrogate pair, which JSON can say and no file of the run could hold, becomes "?"."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def failure_cause(status: int, said: str) -> str:

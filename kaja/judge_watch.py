@@ -275,3 +275,16 @@ def cost_metrics(verdicts: Iterable[Verdict], seconds: float) -> dict[str, float
 def metric_name(cause: str) -> str:
     """A cause as part of a metric's name: "no clear score" -> "no_clear_score"."""
     return "".join(letter if letter.isalnum() else "_" for letter in cause)
+
+
+def cost_line(verdicts: Sequence[Verdict], seconds: float) -> str:
+    """What the verdicts cost, in one line for people; empty where nothing was asked."""
+    metrics = judge_metrics([verdicts], seconds)
+    if "judge/prompt_tokens" not in metrics:
+        return ""
+    asked = sum(verdict.cost.tries > 0 for verdict in verdicts)
+    return (
+        f"judge: {asked} of {len(verdicts)} verdicts asked for in {seconds:.1f} s, mean latency "
+        f"{metrics['judge/latency']:.2f} s; {metrics['judge/prompt_tokens']:,.0f} prompt tokens, of them "
+        f"{metrics['judge/prefix_cached']:.0%} from the prefix cache"
+    )

@@ -10,9 +10,11 @@
 Whatever a model said is remembered in one SQLite file (kaja.verdict_cache), so that a resumed run asks nothing twice.
 """
 
+import math
 import os
+import re
 import sys
-import time
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -39,6 +41,11 @@ API_KEY = "KAJA_JUDGE_API_KEY"  # environment variable: a key is no option, whic
 OWN_GPU_MEMORY = 0.9  # share of a GPU that a judge takes which has it to itself
 # Seconds between one try and the next while too many verdicts fail: together longer than a server takes to come back.
 PAUSES = (10.0, 30.0, 90.0, 270.0)
+QUOTED = 100  # characters of what the judge said that go into a message
+LOOK_UP = 5.0  # seconds of a pause after which the ranks ask each other whether to stop
+# CUDA leaves out what it does not understand, and all that follows, without a word.
+GPU = r"(?:\d+|(?:GPU|MIG)-[\w-]+)"
+GPU_LIST = re.compile(f"(?:{GPU}(?:,{GPU})*)?")
 
 
 ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
@@ -83,10 +90,16 @@ class JudgeOptions:
             raise UserError(f"judge_votes {self.judge_votes}: must be odd, or a median could lie between two scores")
         if self.judge_votes > 1 and self.judge_reading == "expected":
             raise UserError("judge_votes: the expected score is already a mean; use --judge-reading digit, or 1 vote")
+        if not GPU_LIST.fullmatch(self.judge_gpus) or len(set(self.own_gpus)) < len(self.own_gpus):
+            raise UserError(f"judge_gpus {self.judge_gpus!r}: must name different GPUs by number, like 6,7")
 
     @property
     def is_rule(self) -> bool:
         return self.judge_model == "rule" and not self.judge_url
+
+    @property
+    def own_gpus(self) -> list[str]:
+        return self.judge_gpus.split(",") if self.judge_gpus else []
 
     @property
     def identity(self) -> str:
@@ -102,6 +115,16 @@ class JudgeOptions:
             return
         resolve_model(self.judge_model)
         check_installed(engine)
+
+
+def tell_of_missing_references(examples: Sequence[Example]) -> None:
+    """A line on stderr where questions have no reference answer: they can be judged, but not as the rubric means it."""
+    without = [f"{example.source} {example.id}" for example in examples if not example.reference.strip()]
+    if without:
+        print(
+            f"warning: {len(without)} of {len(examples)} questions have no reference answer, and the rubric will show "
+            f"the judge an empty one: {', '.join(without[:5])}{', ...' if len(without) > 5 else ''}", file=sys.stderr,
+        )  # fmt: skip
 
 
 @contextmanager
@@ -157,7 +180,19 @@ def copies_of(options: JudgeOptions, ranks: Ranks) -> int:
     """Copies of the judge behind its server: one on each GPU that it may use."""
     if ranks.device.type != "cuda":
         return 1
-    return len(options.judge_gpus.split(",")) if options.judge_gpus else torch.cuda.device_count()
+    return len(options.own_gpus) or torch.cuda.device_count()
+
+
+def check_apart(options: JudgeOptions, ranks: Ranks) -> None:
+    """UserError on all ranks if one of them trains on a GPU that --judge-gpus gives to the judge alone."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    own = visible[ranks.local_rank] if ranks.local_rank < len(visible) and visible[0] else str(ranks.local_rank)
+    for rank, gpu in enumerate(gather_shares([own.strip()], ranks)):
+        if gpu in options.own_gpus:
+            raise UserError(
+                f"judge_gpus {options.judge_gpus}: rank {rank} trains on GPU {gpu}; give the judge others, or start "
+                f"torchrun with so few processes a node that they stay free"
+            )
 
 
 @contextmanager
@@ -188,7 +223,8 @@ def launched(
 
 def settle(
     judge: Judge, examples: Sequence[Example], completions: Sequence[str], verdicts: list[Verdict],
-    limit: float, ranks: Ranks = ALONE,
+    limit: float, ranks: Ranks = ALONE, *, out_of: int = 0, before: Sequence[Verdict] = (),
+    stop: threading.Event | None = None,
 ) -> list[Verdict]:  # fmt: skip
     """The verdicts, with failed ones asked again while too many failed, over all ranks together.
 
@@ -197,30 +233,55 @@ def settle(
 
     Args:
         limit: share of failed verdicts that is let be.
+        out_of: of how many verdicts, over all ranks, where these are only some of them: a few questions of a step,
+            or the last batch of an evaluation, in which a single failure would be above any limit.
+        before: verdicts that count too, and are not asked for again: those of earlier batches.
+        stop: ends a pause when it is set, on any rank.
 
     Raises:
-        JudgeFailed: on all ranks, when no try is left, or when the failures that cannot pass are too many alone.
+        JudgeFailed: on all ranks, when no try is left, when the failures that cannot pass are too many alone, or
+            when it would pause and is to stop.
     """
     waits = iter(PAUSES)
+    stop = stop or threading.Event()
+    earlier = Counter(count_failures(before))
     while True:
-        total, failed = 0, Counter[str]()
-        for count, causes in gather_shares([(len(verdicts), count_failures(verdicts))], ranks):
+        total, failed = len(before), earlier.copy()
+        words = next((verdict.text for verdict in verdicts if verdict.score is None and verdict.text), "")
+        said = ""
+        for count, causes, words in gather_shares([(len(verdicts), count_failures(verdicts), words)], ranks):
             total += count
             failed.update(causes)
+            said = said or words
+        total = max(total, out_of)
         if sum(failed.values()) <= limit * total:
             return verdicts
-        lasting = sum(count for cause, count in failed.items() if cause not in TRANSIENT)
+        lasting = sum(count if cause not in TRANSIENT else earlier[cause] for cause, count in failed.items())
         told = ", ".join(f"{cause} {count}" for cause, count in failed.most_common())
         state = f"{sum(failed.values())} of {total} verdicts failed ({told}), above {limit:.0%}"
+        state += f"; one said {' '.join(said.split())[:QUOTED]!r}" if said else ""
         pause = next(waits, None)
         if pause is None or lasting > limit * total:
-            advice = "see judge_said in samples/ or the judge's log; mend the judge, or raise --max-judge-failures"
+            advice = "mend the judge (its log may tell more), or raise --max-judge-failures"
             raise JudgeFailed(f"judge: {state}; {advice}")
         if ranks.is_main:
             print(f"\nwarning: judge: {state}; asking again in {pause:g} s", file=sys.stderr)
-        time.sleep(pause)
+        if passed(pause, stop, ranks):
+            raise JudgeFailed(f"judge: {state}; not asked again, as the run was asked to stop")
         places = [place for place, verdict in enumerate(verdicts) if verdict.cause in TRANSIENT]
-        again = judge.judge([examples[place] for place in places], [completions[place] for place in places])
+        again, failure = [verdicts[place] for place in places], ""
+        try:
+            again = judge.judge([examples[place] for place in places], [completions[place] for place in places])
+        except UserError as error:  # the other ranks must hear of it, or they would wait for this one
+            failure = str(error)
+        if failures := [text for text in gather_shares([failure], ranks) if text]:
+            raise JudgeFailed(failures[0])
         verdicts = list(verdicts)
         for place, verdict in zip(places, again, strict=True):
             verdicts[place] = verdict
+
+
+def passed(seconds: float, stop: threading.Event, ranks: Ranks) -> bool:
+    """Wait so long, or until `stop` is set on any rank: True then, on all of them."""
+    parts = math.ceil(seconds / LOOK_UP)
+    return any(any(gather_shares([stop.wait(seconds / parts)], ranks)) for _ in range(parts))

@@ -54,6 +54,8 @@ class Judging:
     Give `ask` to Engine.generate as on_group, if the judge can work meanwhile; `verdicts` waits for what is
     under way and asks for the rest at once. Each group has a thread that waits for its verdicts; how many
     requests are under way at a time is the judge's business. A context manager: an error leaves no thread behind.
+    Only Ctrl-C does not wait for the threads, as a server that hangs would hold it up for minutes: they end when
+    the judge is closed.
     """
 
     def __init__(self, judge: Judge, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> None:
@@ -79,8 +81,8 @@ class Judging:
     def __enter__(self) -> "Judging":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._threads.shutdown(cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._threads.shutdown(wait=kind is None or issubclass(kind, Exception), cancel_futures=True)
 
 
 @dataclass

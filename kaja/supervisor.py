@@ -144,7 +144,8 @@ def supervise(
 
     def say(text: str, aloud: bool = True) -> None:
         line = f"supervisor {time.strftime('%Y-%m-%d %H:%M:%S')}: {text}\n"
-        log.write(line.encode())
+        with suppress(OSError):  # a disk that is full shall neither end the server nor leave it behind
+            log.write(line.encode())
         if aloud:
             with suppress(OSError):
                 print(line, end="", file=sys.stderr, flush=True)

@@ -27,13 +27,17 @@ MESSAGES = [Message(role="user", content="採点してください")]
         (" http://127.0.0.1:8000/v1/\n", "http://127.0.0.1:8000/v1"),
         ("https://judge.example.jp/api/v3#top", "https://judge.example.jp/api/v3"),
         ("http://[::1]:8000", "http://[::1]:8000/v1"),
+        ("https://judge.example.jp/v1/chat/completions", "https://judge.example.jp/v1"),
     ],
 )
 def test_a_url_may_name_the_host_alone_or_the_path_too(given: str, expected: str) -> None:
     assert base_url(given) == expected
 
 
-@pytest.mark.parametrize("url", ["", "127.0.0.1:8000", "localhost:8000", "ftp://a", "http://", "http://a:port", "審判"])
+@pytest.mark.parametrize(
+    "url",
+    ["", "127.0.0.1:8000", "localhost:8000", "ftp://a", "http://", "http://a:port", "http://127.0.0.1:99999", "審判"],
+)
 def test_a_url_that_is_no_servers_address_is_refused(url: str) -> None:
     with pytest.raises(UserError) as error:
         base_url(url)
@@ -120,6 +124,8 @@ def next_token(*spellings: tuple[str, float]) -> dict:
         (says("5", finish_reason="content_filter"), None, REFUSED, "5"),
         ({"message": {"content": "5", "refusal": "採点できません"}}, None, REFUSED, "採点できません"),
         ({"message": {"content": "2", "refusal": None}}, 2.0, "", "2"),
+        (says("絵\ud83d"), None, UNCLEAR, "絵?"),  # half a surrogate pair, which no file could hold
+        ({"message": {"content": "", "refusal": "否\ud83d"}}, None, REFUSED, "否?"),
     ],
 )
 def test_the_digit_is_read_from_the_text(choice: dict, score: float | None, cause: str, text: str) -> None:

@@ -25,7 +25,7 @@ from kaja.evals.judged import (
     tabulate,
 )
 from kaja.health import opens_with_refusal
-from kaja.reward import Verdict
+from kaja.reward import REJECTED, JudgeFailed, Verdict
 
 REFUSAL = "この質問にはお答えできません。その理由は危険だからです。"
 
@@ -227,13 +227,14 @@ class LengthJudge:
 
     name = identity = "length"
 
-    def __init__(self) -> None:
+    def __init__(self, cause: str = "timeout") -> None:
+        self.cause = cause
         self.batches: list[int] = []
 
     def judge(self, examples, completions):
         self.batches.append(len(examples))
         pairs = zip(examples, completions, strict=True)
-        return [Verdict(None, "timeout") if e.id == "2" else Verdict(3.0 if c else 0.0) for e, c in pairs]
+        return [Verdict(None, self.cause) if e.id == "2" else Verdict(3.0 if c else 0.0) for e, c in pairs]
 
     def close(self) -> None: ...
 
@@ -259,6 +260,19 @@ def test_answers_are_the_models_own_greedy_completions(model_folder: Path) -> No
     assert [a.verdict.cause for a in judged] == ["", "timeout", ""]
     assert {a.judge for a in judged} == {"length"}
     assert math.isclose(summarise(judged)["n"], 2)
+
+
+def test_the_limit_of_failures_is_of_the_whole_evaluation_in_whatever_batches_it_is_judged() -> None:
+    """Question 2 fails for ever: 1 of 20 verdicts, and all of a resumed run that has only this one to ask."""
+    answers = [replace(answer("a", number, None), verdict=None) for number in range(20)]
+    batches = list(judge_answers(LengthJudge(REJECTED), answers, batch_size=3, limit=0.05))
+    assert [a.verdict.score for batch in batches for a in batch] == [3.0, 3.0, None] + [3.0] * 17
+    others = [a.verdict for batch in batches for a in batch if a.example.id != "2"]
+    ((again,),) = judge_answers(LengthJudge(REJECTED), answers[2:3], batch_size=3, limit=0.05, judged=others)
+    assert again.verdict.score is None
+    with pytest.raises(JudgeFailed, match=r"2 of 20 verdicts failed \(request rejected 2\)"):
+        failed = [Verdict(None, REJECTED), *others[1:]]
+        list(judge_answers(LengthJudge(REJECTED), answers[2:3], batch_size=3, limit=0.05, judged=failed))
 
 
 def test_a_question_that_does_not_fit_is_named(model_folder: Path) -> None:

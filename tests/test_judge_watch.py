@@ -11,7 +11,7 @@ import pytest
 from kaja.data import Example
 from kaja.demo_judge import RuleJudge
 from kaja.judge_watch import (
-    NEEDS_KNOWLEDGE, PAIR_KINDS, CanaryReport, ask_canaries, judge_metrics, load_canaries,
+    NEEDS_KNOWLEDGE, PAIR_KINDS, CanaryReport, ask_canaries, cost_line, judge_metrics, load_canaries,
 )  # fmt: skip
 from kaja.reward import EMPTY, MAX_SCORE, NO_LOG_PROBS, OVERLOADED, SERVER_GONE, TIMEOUT, UNCLEAR, Cost, Verdict
 from kaja.rubric import RUBRICS, STREAMS, judge_messages
@@ -324,3 +324,12 @@ def test_the_document_explains_every_metric() -> None:
     names = {re.sub(r"score_\d", "score_0", name) for name in made} | set(report_of(ideal).metrics())
     for name in names | {"judge/failures/..."}:
         assert re.search(rf"^\| [^|]*`{re.escape(name)}`", text, flags=re.MULTILINE), name
+
+
+def test_the_cost_on_one_line() -> None:
+    verdicts = [asked(5.0, 0.1, 1000, 0), asked(4.0, 0.3, 1000, 900), Verdict(3.0, remembered=True)]
+    assert cost_line(verdicts, 2.0) == (
+        "judge: 2 of 3 verdicts asked for in 2.0 s, mean latency 0.20 s; 2,000 prompt tokens, of them 45% from the "
+        "prefix cache"
+    )
+    assert cost_line([Verdict(3.0)], 2.0) == cost_line([], 0.0) == ""

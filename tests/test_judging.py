@@ -1,6 +1,7 @@
 """Which judge the options open, and what happens when its verdicts fail."""
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from kaja.distributed import Ranks
 from kaja.engine_judge import EngineJudge
 from kaja.errors import UserError
 from kaja.judge_server import ServerSettings
-from kaja.judging import JudgeOptions, copies_of, open_judge, settle
+from kaja.judging import JudgeOptions, check_apart, copies_of, open_judge, settle, tell_of_missing_references
 from kaja.reward import SERVER_GONE, TIMEOUT, UNCLEAR, JudgeFailed, Verdict
 from kaja.server_judge import ServerJudge
 from kaja.verdict_cache import CachedJudge
@@ -100,6 +101,65 @@ def test_what_cannot_pass_is_not_waited_for() -> None:
     assert len(judge.asked) == 1
 
 
+def test_what_the_judge_said_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    verdicts = [Verdict(None, UNCLEAR), Verdict(None, UNCLEAR, "4か\n5" + "x" * 200), Verdict(None, UNCLEAR, "6")]
+    with pytest.raises(JudgeFailed) as error:
+        settle(Scripted({}), EXAMPLES[:3], TEXTS[:3], verdicts, 0.05)
+    assert f"above 5%; one said '4か 5{'x' * 96}'; mend" in str(error.value)
+
+
+def test_the_limit_is_a_share_of_the_whole_not_of_a_few_of_them() -> None:
+    """One failure that stays among 4 questions: 25% of them, but 1% of a step of 100."""
+    few, texts = EXAMPLES[:4], TEXTS[:4]
+    judge = Scripted({0: (UNCLEAR, 99)})
+    verdicts = settle(judge, few, texts, judge.judge(few, texts), 0.05, out_of=100)
+    assert [verdict.score for verdict in verdicts] == [None, 3.0, 3.0, 3.0]
+    with pytest.raises(JudgeFailed, match="1 of 4 verdicts failed"):
+        settle(judge, few, texts, judge.judge(few, texts), 0.05)
+
+
+def test_failures_of_earlier_batches_count_and_are_not_asked_again() -> None:
+    judge = Scripted({0: (UNCLEAR, 99), 1: (TIMEOUT, 1)})
+    before = [Verdict(None, TIMEOUT)] * 4 + [Verdict(3.0)] * 10
+    verdicts = settle(judge, EXAMPLES[:2], TEXTS[:2], judge.judge(EXAMPLES[:2], TEXTS[:2]), 0.05, out_of=100,
+                      before=before)  # fmt: skip
+    assert [verdict.score for verdict in verdicts] == [None, 3.0]  # 6 of 100 at first, 5 after the timeout
+    assert judge.asked[1:] == [[1]]
+    judge = Scripted({0: (UNCLEAR, 99), 1: (TIMEOUT, 1)})
+    with pytest.raises(JudgeFailed, match=r"7 of 100 verdicts failed \(timeout 6, no clear score 1\)"):
+        settle(judge, EXAMPLES[:2], TEXTS[:2], judge.judge(EXAMPLES[:2], TEXTS[:2]), 0.05, out_of=100,
+               before=[Verdict(None, TIMEOUT)] * 5)  # fmt: skip
+    assert len(judge.asked) == 1  # 6 of them cannot pass any more
+
+
+def test_a_pause_ends_when_the_run_is_asked_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "PAUSES", (270.0,))
+    judge, stop = Scripted({place: (SERVER_GONE, 99) for place in range(20)}), threading.Event()
+    threading.Timer(0.2, stop.set).start()
+    started = time.monotonic()
+    with pytest.raises(JudgeFailed, match="20 of 100 verdicts failed .* asked to stop"):
+        settle(judge, EXAMPLES, TEXTS, judge.judge(EXAMPLES, TEXTS), 0.05, stop=stop)
+    assert 0.1 < time.monotonic() - started < 10 and len(judge.asked) == 1
+
+
+def test_a_pause_lasts_as_long_as_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "LOOK_UP", 0.05)
+    started = time.monotonic()
+    assert not judging.passed(0.22, threading.Event(), ALONE)
+    assert 0.2 < time.monotonic() - started < 2
+
+
+def test_an_error_of_the_judge_at_the_second_asking_stops_the_run_too() -> None:
+    class Broken(Scripted):
+        def judge(self, examples: Sequence[Example], completions: Sequence[str]) -> list[Verdict]:
+            if self.asked:
+                raise UserError("verdicts.sqlite: no room on its disk")
+            return super().judge(examples, completions)
+
+    with pytest.raises(JudgeFailed, match="verdicts.sqlite: no room on its disk"):
+        settled(Broken({place: (TIMEOUT, 9) for place in range(9)}), 0.05)
+
+
 def test_nothing_judged_is_no_failure() -> None:
     assert settle(Scripted({}), [], [], [], 0.0) == []
 
@@ -116,6 +176,9 @@ def test_nothing_judged_is_no_failure() -> None:
         ({"judge_timeout": 0.0}, "judge_timeout 0.0: must be above 0"),
         ({"max_judge_failures": 1.5}, "max_judge_failures 1.5"),
         ({"judge_memory": -0.1}, "judge_memory -0.1"),
+        ({"judge_gpus": "6-7"}, "judge_gpus '6-7': must name different GPUs by number, like 6,7"),
+        ({"judge_gpus": "6,7,"}, "judge_gpus '6,7,'"),
+        ({"judge_gpus": "7,7"}, "judge_gpus '7,7'"),
     ],
 )
 def test_options_that_cannot_work(options: dict, expected: str) -> None:
@@ -144,6 +207,44 @@ def test_copies_of_the_judge_are_as_many_as_its_gpus(monkeypatch: pytest.MonkeyP
     assert copies_of(JudgeOptions(), on_gpu) == 8
     assert copies_of(JudgeOptions(judge_gpus="6,7"), on_gpu) == 2
     assert copies_of(JudgeOptions(judge_gpus="6,7"), ALONE) == 1
+
+
+@pytest.mark.parametrize(
+    ("visible", "local_rank", "own"), [(None, 6, "6"), ("", 6, "6"), ("4,5,6,7", 2, "6"), ("0,1", 1, "1")]
+)
+def test_a_gpu_is_the_judge_s_or_a_rank_s(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, local_rank: int, own: str
+) -> None:
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    ranks = replace(ALONE, local_rank=local_rank, device=torch.device("cuda"))
+    check_apart(JudgeOptions(), ranks)
+    check_apart(JudgeOptions(judge_gpus="2,3,7"), ranks)
+    with pytest.raises(UserError, match=f"judge_gpus 3,{own}: rank 0 trains on GPU {own}; give the judge others"):
+        check_apart(JudgeOptions(judge_gpus=f"3,{own}"), ranks)
+
+
+def test_questions_without_a_reference_answer_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    answered = [replace(example, reference="正解") for example in EXAMPLES[:7]]
+    tell_of_missing_references(answered)
+    assert capsys.readouterr().err == ""
+    tell_of_missing_references([*answered[:3], replace(answered[3], reference=" \n"), *answered[4:]])
+    assert capsys.readouterr().err == (
+        "warning: 1 of 7 questions have no reference answer, and the rubric will show the judge an empty one: own 3\n"
+    )
+    tell_of_missing_references(EXAMPLES)
+    assert capsys.readouterr().err.endswith("an empty one: own 0, own 1, own 2, own 3, own 4, ...\n")
+
+
+def test_an_empty_reference_reaches_the_judge_and_moves_nothing_else(tmp_path: Path) -> None:
+    with BadServer([say("4"), say("2")]) as server:
+        options = JudgeOptions(judge_model="judge", judge_url=server.url)
+        with open_judge(options, "vllm", tmp_path, ALONE) as judge:
+            assert judge.judge(EXAMPLES[:1], TEXTS[:1]) == [Verdict(2.0, text="2")]
+    asked = server.bodies[1]["messages"][1]["content"]
+    assert asked.startswith("# 有害な質問\n質問0\n\n# 正解例\n\n\n# 採点基準\n") and asked.endswith("# 回答\n回答0")
 
 
 # ---- who is opened ------------------------------------------------------------------------------------

@@ -74,6 +74,28 @@ def test_an_error_of_the_judge_is_not_lost() -> None:
     assert set(threading.enumerate()) <= before
 
 
+def test_ctrl_c_does_not_wait_for_a_judge_that_hangs() -> None:
+    class Hanging(Judge):
+        closed = threading.Event()
+
+        def judge(self, examples: Sequence[Example], completions: Sequence[str]) -> list[Verdict]:
+            self.called.set()
+            assert self.closed.wait(timeout=10)
+            return []
+
+    judge, before = Hanging(), set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt), Judging(judge, EXAMPLES, decode) as judging:
+        judging.ask(0, group(1))
+        assert judge.called.wait(timeout=10)
+        raise KeyboardInterrupt
+    left = set(threading.enumerate()) - before
+    assert len(left) == 1 and not judge.closed.is_set()
+    judge.closed.set()  # as the end of open_judge does
+    for thread in left:
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+
+
 def test_throughput_counts_new_tokens_in_generation_and_all_elsewhere() -> None:
     rollouts = [Rollout(EXAMPLES[0], [1] * 10, one, "", Verdict(1.0)) for one in group(4, 6)]
     speeds = throughput(rollouts, {"seconds/generate": 2.0, "seconds/update": 0.5, "seconds/log_probs": 0.0})

@@ -178,6 +178,29 @@ def test_a_server_that_ignores_sigterm_is_killed(guard: Callable[..., Guarded]) 
     assert group_is_gone(guarded.lives()[0])
 
 
+def test_a_full_disk_neither_ends_the_server_nor_leaves_it_behind(tmp_path: Path) -> None:
+    """The server is one that goes on when its log cannot be written, as vLLM does."""
+    (tmp_path / "server.log").symlink_to("/dev/full")
+    with socket.socket() as listening, (tmp_path / "pid").open("w") as pid:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        listening.settimeout(20)
+        command = ["sh", "-c", f"echo $$ > {pid.name}; exec sleep 60"]
+        process = subprocess.Popen(
+            [sys.executable, supervisor.__file__, "--port", str(listening.getsockname()[1]),
+             "--log", str(tmp_path / "server.log"), "--", *command],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        server = int(wait_until(Path(pid.name).read_text))
+        connection = listening.accept()[0]  # GET /health
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        assert process.stdout is not None and process.stdout.readline() == b"healthy\n"
+        assert not group_is_gone(server)
+        process.communicate(timeout=20)  # closes stdin
+    connection.close()
+    assert process.returncode == 0 and group_is_gone(server)
+
+
 def test_running_counts_living_processes_of_the_group_alone() -> None:
     parent = subprocess.Popen(["sh", "-c", "sleep 1000 & sleep 1000"], start_new_session=True)
     other = subprocess.Popen(["sleep", "1000"], start_new_session=True)

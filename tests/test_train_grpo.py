@@ -2,9 +2,12 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import subprocess
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from kaja.checkpoint import folder_fingerprint
 from kaja.data import Example
 from kaja.demo_judge import RuleJudge
 from kaja.engine import Completion, EngineFailed, TorchEngine
+from kaja.errors import UserError
 from kaja.reward import SERVER_GONE, Verdict
 
 OPTIONS = (
@@ -195,6 +199,67 @@ def test_a_judge_that_is_gone_ends_the_run_with_a_checkpoint_to_go_on_from(
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+def test_sigterm_ends_the_pause_for_a_judge_that_is_gone_and_the_run_saves(
+    tmp_path: Path, model_folder: Path, data_file: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class Gone(RuleJudge):
+        concurrent = False
+
+        def judge(self, examples: Sequence[Example], completions: Sequence[str]) -> list[Verdict]:
+            asked.append(len(examples))
+            if len(asked) < 3:  # the first step's completions and the canaries
+                return super().judge(examples, completions)
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            return [Verdict(None, SERVER_GONE) for _ in examples]
+
+    with monkeypatch.context() as patched:
+        patched.setattr("kaja.judging.RuleJudge", Gone)
+        patched.setattr("kaja.judging.PAUSES", (30.0,))
+        result = grpo(model_folder, data_file, tmp_path / "run")
+    assert result.returncode == 128 + signal.SIGTERM, result.stderr
+    assert "asking again in 30 s" in result.stderr and "SIGTERM: saved after step 1 of 5" in result.stderr
+    assert grpo(model_folder, data_file, tmp_path / "run", "--resume", "auto").returncode == 0
+    assert metrics_of(tmp_path / "run") == metrics_of(finished)
+
+
+def test_a_cache_that_cannot_be_used_ends_the_run_with_a_checkpoint(
+    tmp_path: Path, model_folder: Path, data_file: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class Full(RuleJudge):
+        concurrent = True
+
+        def judge(self, examples: Sequence[Example], completions: Sequence[str]) -> list[Verdict]:
+            asked.append(len(examples))
+            if len(asked) == 15:  # 10 groups of the first step, the canaries, and one of the second step's
+                raise UserError("verdicts.sqlite: no room on its disk")
+            return super().judge(examples, completions)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("kaja.judging.RuleJudge", Full)
+        result = grpo(model_folder, data_file, tmp_path / "run")
+    assert result.returncode == 2
+    assert "error: step 2: rank 0: verdicts.sqlite: no room on its disk; saved before it; go on" in result.stderr
+    assert grpo(model_folder, data_file, tmp_path / "run", "--resume", "auto").returncode == 0
+    assert metrics_of(tmp_path / "run") == metrics_of(finished)
+
+
+def test_questions_without_a_reference_answer_are_trained_on_with_a_warning(
+    tmp_path: Path, model_folder: Path, data_file: Path
+) -> None:
+    lines = data_file.read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join([json.dumps(rows[0] | {"answer": ""}), *lines[1:]]), encoding="utf-8")
+    result = grpo(model_folder, data, tmp_path / "run", "--max-steps", 1, "--canary-every", 0)
+    assert result.returncode == 0, result.stderr
+    assert f"warning: 1 of 50 questions have no reference answer, and the rubric will show the judge an empty one: " \
+        f"{rows[0]['source']} {rows[0]['id']}\n" in result.stderr
+
+
 def test_canaries_are_asked_every_so_many_steps(tmp_path: Path, model_folder: Path, data_file: Path) -> None:
     options = ("--max-steps", 3, "--canary-every", 2)
     assert grpo(model_folder, data_file, tmp_path / "run", *options).returncode == 0
@@ -362,6 +427,26 @@ def test_groups_without_spread_give_way_to_fresh_questions(
     # What is reported is about the questions that the step began with.
     assert row["reward"] == first["reward"] and row["groups_without_spread"] == first["groups_without_spread"]
     assert row["groups_without_spread_after_resampling"] == pytest.approx(1 - sum(map(has_spread, after)) / 10)
+
+
+def test_failures_of_a_few_fresh_questions_are_measured_by_the_whole_step(
+    tmp_path: Path, model_folder: Path, data_file: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may last, so a run that stopped because of them would stop there again each time it is resumed."""
+    drawn: list[int] = []
+
+    class Unclear(failing_judge(lambda place: drawn != [], concurrent=False)):  # type: ignore[misc]
+        def judge(self, examples: Sequence[Example], completions: Sequence[str]) -> list[Verdict]:
+            verdicts = super().judge(examples, completions)
+            drawn.append(len(examples))
+            return verdicts
+
+    monkeypatch.setattr("kaja.judging.RuleJudge", Unclear)
+    options = ("--max-steps", 1, "--resample", 1, "--canary-every", 0, "--max-judge-failures", 0.9)
+    result = grpo(model_folder, data_file, tmp_path / "run", *options)
+    assert result.returncode == 0, result.stderr
+    assert drawn[0] == 40 and 0 < drawn[1] < 36  # so few that all of them may fail
+    assert samples_of(tmp_path / "run", 1) == samples_of(finished, 1)  # nothing could take a place
 
 
 def test_streams_are_mixed_by_weight(tmp_path: Path, model_folder: Path, data_file: Path) -> None:

@@ -201,12 +201,16 @@ def judge_rated(
 ) -> Iterator[list[Verdict]]:
     """The judge's verdicts in the order of `rated`, batch by batch.
 
-    Raises JudgeFailed where more than `limit` of a batch fails, also after asking again (kaja.judging.settle).
+    Raises JudgeFailed as soon as more than `limit` of all have failed, also after asking again (kaja.judging.settle).
     """
+    before: list[Verdict] = []
     for start in range(0, len(rated), batch_size):
         batch = rated[start : start + batch_size]
         examples, completions = [one.example for one in batch], [one.completion for one in batch]
-        yield settle(judge, examples, completions, judge.judge(examples, completions), limit)
+        verdicts = judge.judge(examples, completions)
+        verdicts = settle(judge, examples, completions, verdicts, limit, out_of=len(rated), before=before)
+        before += verdicts
+        yield verdicts
 
 
 def calibration(

@@ -89,13 +89,19 @@ def answer_questions(
 
 
 def judge_answers(
-    judge: Judge, answers: Sequence[Answer], *, batch_size: int, limit: float = 1.0
+    judge: Judge, answers: Sequence[Answer], *, batch_size: int, limit: float = 1.0, judged: Sequence[Verdict] = ()
 ) -> Iterator[list[Answer]]:
-    """The same answers with their verdicts, batch by batch; JudgeFailed where more than `limit` of a batch fails."""
+    """The same answers with their verdicts, batch by batch.
+
+    Raises JudgeFailed as soon as more than `limit` of all verdicts have failed, with those that were `judged` before.
+    """
+    total, before = len(judged) + len(answers), list(judged)
     for start in range(0, len(answers), batch_size):
         batch = answers[start : start + batch_size]
         examples, completions = [answer.example for answer in batch], [answer.completion for answer in batch]
-        verdicts = settle(judge, examples, completions, judge.judge(examples, completions), limit)
+        verdicts = judge.judge(examples, completions)
+        verdicts = settle(judge, examples, completions, verdicts, limit, out_of=total, before=before)
+        before += verdicts
         yield [replace(a, judge=judge.identity, verdict=v) for a, v in zip(batch, verdicts, strict=True)]
 
 
