@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_model_folder, run_script
+from judge_fixtures import make_judge_folder
 
 import judge
 from kaja.checkpoint import folder_fingerprint
@@ -255,19 +256,20 @@ def test_a_data_file_twice_and_a_used_folder(
 @pytest.mark.vllm
 @pytest.mark.xdist_group("vllm")
 def test_vllm_answers_and_judges_as_torch_does(questions: Path, tmp_path: Path) -> None:
-    """Two models with one engine, a third with another, then the judge's: three engines in one process."""
+    """Two models with one engine, a third with another, then a server with the judge, or the judge in this process."""
     shape = {"head_dim": 32, "max_position_embeddings": 1024}
     folders = {
         "base": make_model_folder(tmp_path / "base", seed=0, **shape),
         "sft": make_model_folder(tmp_path / "sft", seed=1, **shape),
         "wide": make_model_folder(tmp_path / "wide", seed=2, intermediate_size=96, **shape),
     }
-    rows = {}
+    rows, judge_folder = {}, make_judge_folder(tmp_path / "judge")
     for engine in ("torch", "vllm"):
-        options = ("--judge-model", str(folders["wide"]), "--engine", engine)
+        options = ("--judge-model", str(judge_folder), "--engine", engine)
         done = run_script("judge.py", *arguments(folders, list(folders), questions, tmp_path / engine, *options))
         assert done.returncode == 0, done.stderr[-3000:]
         assert read_json(tmp_path / engine / "config.json")["engine"] == engine
         rows[engine] = rows_of(tmp_path / engine)
     assert rows["vllm"] == rows["torch"]
     assert len({row["completion"] for row in rows["vllm"]}) > 3
+    assert len({row["score"] for row in rows["vllm"]}) > 1
