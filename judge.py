@@ -57,11 +57,10 @@ from kaja.evals.judged import (
     tabulate,
 )
 from kaja.files import read_json, write_json, write_jsonl, write_text
-from kaja.judge_watch import ask_canaries, cost_line, load_canaries
-from kaja.judging import JudgeOptions, open_judge, tell_of_missing_references
+from kaja.judge_watch import cost_line
+from kaja.judging import JudgeOptions, look_at_canaries, open_judge, tell_of_missing_references
 from kaja.report import write_report
-from kaja.reward import SAID, Judge, JudgeFailed, Verdict
-from kaja.verdict_cache import CachedJudge
+from kaja.reward import SAID, JudgeFailed, Verdict
 
 VERDICTS_AHEAD = 4  # batches of verdicts are so many times what the judge works on at a time: it is rarely idle
 GPU_MEMORY = 0.85  # share that vLLM takes: the models come one at a time, with no trainer beside them
@@ -207,15 +206,6 @@ def is_judged(answer: Answer, judge: str) -> bool:
     """Whether this judge has said what it has to say; a failure that is not its own word is asked again."""
     verdict = answer.verdict
     return verdict is not None and answer.judge == judge and (verdict.score is not None or verdict.cause in SAID)
-
-
-def look_at_canaries(judge: Judge, options: JudgeOptions, output_dir: Path) -> None:
-    """Print, and write to canaries.json, how well this judge tells answers apart whose order is known."""
-    if options.canary_every:
-        asked = judge.inner if isinstance(judge, CachedJudge) else judge  # what is remembered would never change
-        report = ask_canaries(asked, load_canaries(with_knowledge=not options.is_rule))
-        print("\n".join(report.lines()), file=sys.stderr)
-        write_json(output_dir / "canaries.json", report.record(step=0))
 
 
 def judge_all(

@@ -44,8 +44,8 @@ from kaja.errors import Stopped, UserError
 from kaja.files import read_json, write_json, write_jsonl
 from kaja.grpo_plan import GRPOSettings, plan_grpo
 from kaja.health import Health, HealthLimits, health_metrics
-from kaja.judge_watch import ask_canaries, judge_metrics, load_canaries
-from kaja.judging import JudgeOptions, check_apart, open_judge, settle, tell_of_missing_references
+from kaja.judge_watch import judge_metrics
+from kaja.judging import JudgeOptions, canary_report, check_apart, open_judge, settle, tell_of_missing_references
 from kaja.loss import (
     add_stats, group_advantages, groups_with_spread, kept_completions, overlong_penalty, policy_loss, summarise_stats,
 )  # fmt: skip
@@ -57,7 +57,6 @@ from kaja.reward import Judge, JudgeFailed, Verdict
 from kaja.rollouts import Judging, MicroBatch, Rollout, micro_batches, rollout_metrics, throughput
 from kaja.sync import check_sync
 from kaja.tracking import Stopwatch, Tracker, complete_rows
-from kaja.verdict_cache import CachedJudge
 
 
 @dataclass(frozen=True)
@@ -577,9 +576,7 @@ def watch_judge(judge: Judge, step: int, config: Config, output_dir: Path, ranks
     """Every so many steps, how well the judge still tells known answers apart; rank 0 asks, all ranks know."""
     if not config.judge.canary_every or step % config.judge.canary_every:
         return {}
-    asked = judge.inner if isinstance(judge, CachedJudge) else judge  # what is remembered would never change
-    canaries = load_canaries(with_knowledge=not config.judge.is_rule)  # rules know nothing of right and wrong
-    report = from_main(ask_canaries(asked, canaries) if ranks.is_main else None, ranks)
+    report = from_main(canary_report(judge, config.judge) if ranks.is_main else None, ranks)
     assert report is not None  # rank 0's
     if ranks.is_main:
         write_json(output_dir / "samples" / f"canaries_{step + 1:04d}.json", report.record(step + 1))

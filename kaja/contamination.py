@@ -88,7 +88,7 @@ class GuardOptions:
     guard: tuple[str, ...] = ()
     """Evaluation sets that the data must not hold: indexes of `python -m kaja.contamination build`, or data files."""
     allow_contaminated: bool = False
-    """Go on, with a warning, although the data holds examples of the evaluation sets."""
+    """Go on, with a warning, although the data holds examples of the evaluation sets; synth.py then looks for none."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,18 +171,21 @@ def load_guard(guards: Sequence[str]) -> GuardIndex:
     )
 
 
-def check_examples(examples: Sequence[Example], guards: Sequence[str]) -> list[Hit]:
-    """The hits in the questions and answers of training data, by the indexes and evaluation sets of `load_guard`."""
+def check_examples(examples: Sequence[Example], index: GuardIndex) -> list[Hit]:
+    """The hits in the questions and answers of training data."""
     records = (
         (f"{example.source} {example.id}", {"question": example.question, "answer": example.reference})
         for example in examples
     )
-    return check(records, load_guard(guards))
+    return check(records, index)
 
 
-def check_training_data(examples: Sequence[Example], options: GuardOptions) -> None:
-    """UserError, or a warning on stderr where that is allowed, if examples of an evaluation set are among them."""
-    hits = check_examples(examples, options.guard)
+def check_training_data(examples: Sequence[Example], options: GuardOptions, index: GuardIndex | None = None) -> None:
+    """UserError, or a warning on stderr where that is allowed, if examples of an evaluation set are among them.
+
+    `index`: of what the options name, where it is loaded already.
+    """
+    hits = check_examples(examples, index or load_guard(options.guard))
     if not hits:
         return
     said = summary(hits, len(examples))
@@ -244,7 +247,7 @@ def build(config: BuildConfig) -> None:
 
 def check_files(config: CheckConfig) -> None:
     examples = load_all(config.data)
-    hits = check_examples(examples, config.guard)
+    hits = check_examples(examples, load_guard(config.guard))
     if config.hits:
         write_jsonl(config.hits, map(dataclasses.asdict, hits))
     else:

@@ -58,7 +58,7 @@ class Duplicates:
         # The signatures' share of equal values estimates the overlap; so far below the threshold it never errs.
         self._hopeless = threshold - 5 * math.sqrt(threshold * (1 - threshold) / num_perm)
         self._keys: list[str] = []
-        self._signatures: list[Signature] = []
+        self._signatures = np.empty((1024, num_perm), dtype=np.uint32)  # of each key; the rows behind are room
         self._texts: list[str] = []  # normalised
         self._numbers: dict[str, int] = {}  # normalised text -> its first place in the lists
 
@@ -86,14 +86,11 @@ class Duplicates:
         if exact is not None:
             return exact
         own = self._minhash(text, signature)
-        numbers = sorted(self._index.query(own))
-        if not numbers:
-            return None
-        # Questions made after the same pattern are candidates by the hundred: most are ruled out all at once.
-        signatures = np.stack([self._signatures[number] for number in numbers])
-        alike = (signatures == own.hashvalues).mean(axis=1) >= self._hopeless
+        numbers = np.sort(np.array(self._index.query(own), dtype=np.int64))
+        # Questions made after the same pattern are candidates by the thousand: most are ruled out all at once.
+        alike = (self._signatures[numbers] == own.hashvalues).mean(axis=1) >= self._hopeless
         text_grams = grams(normalised(text), self.ngram)
-        for number in np.asarray(numbers)[alike]:
+        for number in numbers[alike]:
             if jaccard(text_grams, grams(self._texts[number], self.ngram)) >= self.threshold:
                 return self._keys[number]
         return None
@@ -102,7 +99,9 @@ class Duplicates:
         number, plain = len(self._keys), normalised(text)
         minhash = self._minhash(text, signature)
         self._index.insert(number, minhash, check_duplication=False)
-        self._signatures.append(minhash.hashvalues)
+        if number == len(self._signatures):
+            self._signatures = np.concatenate([self._signatures, np.empty_like(self._signatures)])
+        self._signatures[number] = minhash.hashvalues
         self._keys.append(key)
         self._texts.append(plain)
         self._numbers.setdefault(plain, number)

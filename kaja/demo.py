@@ -41,7 +41,11 @@ SEED_FILES = {
 SOURCES = [f"{name}={DEMO_DATA / 'seeds' / file}" for name, file in SEED_FILES.items()]
 
 # What suits a tiny model, found by trying (docs/LAB_NOTES.md). Everything else is left at the scripts' defaults.
-SYNTH = "--target 400 --batch-size 128 --max-length 1024 --max-question-tokens 128 --max-answer-tokens 128"
+# With refusals that give no reason too: the preference for reasons is left for GRPO to learn.
+SYNTH = (
+    "--target 360 --batch-size 128 --max-length 1024 --max-question-tokens 128 --max-answer-tokens 128"
+    " --keep-bare-refusals"
+)
 SFT = "--global-batch-size 16 --learning-rate 1e-3 --min-learning-rate 1e-5 --max-length 256 --micro-batch-size 16"
 GRPO = (
     "--prompts-per-step 24 --max-steps 48 --learning-rate 7e-4 --kl-coef 0.02"

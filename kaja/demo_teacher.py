@@ -8,7 +8,7 @@ teacher's would be: the filters of synth.py have something to do.
 
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +26,7 @@ from kaja.demo_corpus import (
 )
 from kaja.engine import Completion
 from kaja.errors import UserError
+from kaja.sampling import each_limit
 
 ASKS_FOR_QUESTION = "Questionを作成してください"
 ASKS_FOR_ANSWER = "Answerを作成してください"
@@ -48,17 +49,18 @@ class ScriptedTeacher:
         prompts: list[list[int]],
         *,
         group_size: int = 1,
-        max_tokens: int,
+        max_tokens: int | Sequence[int],
         seeds: list[int],
         **sampling: Any,  # means nothing to a script
     ) -> list[list[Completion]]:
         texts = [self.chat.decode(prompt) for prompt in prompts]
+        limits = each_limit(max_tokens, len(prompts))
         return [
             [
-                self._completion(write(text, random.Random(f"{seed}/{index}/{text}")), max_tokens)
+                self._completion(write(text, random.Random(f"{seed}/{index}/{text}")), limit)
                 for index in range(group_size)
             ]
-            for text, seed in zip(texts, seeds, strict=True)
+            for text, seed, limit in zip(texts, seeds, limits, strict=True)
         ]
 
     def _completion(self, text: str, max_tokens: int) -> Completion:

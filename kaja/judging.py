@@ -32,7 +32,9 @@ from kaja.distributed import Ranks, gather_shares, of_node
 from kaja.engine import check_installed
 from kaja.engine_judge import drops_system, judge_length, load_judge
 from kaja.errors import UserError
+from kaja.files import write_json
 from kaja.judge_server import JudgeServer, ServerSettings
+from kaja.judge_watch import CanaryReport, ask_canaries, load_canaries
 from kaja.reward import TRANSIENT, Judge, JudgeFailed, Verdict, count_failures, judge_identity
 from kaja.server_judge import ServerJudge
 from kaja.verdict_cache import CachedJudge, VerdictCache
@@ -69,7 +71,7 @@ class JudgeOptions:
     """GPUs of each node for the judge's server, like 6,7; none: all of them, beside the trainer."""
     judge_memory: float = 0.0
     """Share of each of these GPUs that the judge's server takes; 0: what the memory plan leaves it."""
-    judge_concurrency: int = 64
+    judge_concurrency: int = 128
     """Requests under way at a time, from each process."""
     judge_timeout: float = 60.0
     """Seconds that a request may take before it is tried again."""
@@ -174,6 +176,20 @@ def connect(options: JudgeOptions, url: str, ranks: Ranks, copies: int = 1) -> S
         judge.close()
         raise
     return judge
+
+
+def canary_report(judge: Judge, options: JudgeOptions) -> CanaryReport:
+    """How well this judge tells answers apart whose order is known, asked anew: what is remembered never changes."""
+    asked = judge.inner if isinstance(judge, CachedJudge) else judge
+    return ask_canaries(asked, load_canaries(with_knowledge=not options.is_rule))  # rules know no right and wrong
+
+
+def look_at_canaries(judge: Judge, options: JudgeOptions, output_dir: Path) -> None:
+    """Print the report, and write it to canaries.json; nothing with --canary-every 0."""
+    if options.canary_every:
+        report = canary_report(judge, options)
+        print("\n".join(report.lines()), file=sys.stderr)
+        write_json(output_dir / "canaries.json", report.record(step=0))
 
 
 def copies_of(options: JudgeOptions, ranks: Ranks) -> int:

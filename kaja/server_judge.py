@@ -95,7 +95,7 @@ class ServerJudge:
 
     def __init__(
         self, url: str, model: str, *, rubric: str = DEFAULT_RUBRIC, reading: str = "digit", votes: int = 1,
-        concurrency: int = 64, timeout: float = 60.0, retries: int = 5, merge_system: bool = False,
+        concurrency: int = 128, timeout: float = 60.0, retries: int = 5, merge_system: bool = False,
         api_key: str = "", name: str = "", identity: str = "", seed: int = 0, backoff: float = 0.5, copies: int = 1,
     ) -> None:  # fmt: skip
         """

@@ -263,3 +263,16 @@ def test_the_benchmark_runs() -> None:
     reported = re.search(r"precision: (\d+) of (\d+) reported pairs", result.stdout)
     assert reported and reported[1] == reported[2] and "missed: 0 of 20" in result.stdout
     assert re.search(r"found +2,000 of 2,000 planted questions", result.stdout), result.stdout
+
+
+def test_signatures_stay_with_their_texts_as_their_table_grows() -> None:
+    """Texts after one pattern are candidates by the hundred; what decides is each one's own signature and n-grams."""
+    known = Duplicates()
+    rng = random.Random(0)
+    words = ["".join(chr(rng.randrange(0x4E00, 0x9FFF)) for _ in range(9)) for _ in range(2600)]
+    texts = [f"{word}を上手に使うための正しい手順を教えてください" for word in words]
+    for number, text in enumerate(texts):
+        known.add(str(number), text)
+    for number in (0, 1023, 1024, 2047, 2048, 2599):
+        assert known.find(f"{texts[number]}ませんか") == str(number)
+    assert known.find(f"{'日本語' * 3}を上手に使うための正しい手順を教えてください") is None

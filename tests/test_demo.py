@@ -1,8 +1,10 @@
 """`python -m kaja.demo`: the four scripts in a row, resuming, moving aside, and what goes wrong."""
 
+import importlib
 import json
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -19,10 +21,11 @@ def test_stages_are_the_four_scripts_with_options_they_know(tmp_path: Path) -> N
     planned = stages(RunConfig(engine="vllm", seed=3), tmp_path)
     assert [stage.script for stage in planned] == ["synth.py", "train_sft.py", "train_grpo.py", "judge.py"]
     for stage in planned:
-        source = (ROOT / stage.script).read_text(encoding="utf-8")
-        for option in stage.options:
-            if option.startswith("--"):
-                assert f"    {option[2:].replace('-', '_')}: " in source, f"{stage.script} has no {option}"
+        config = importlib.import_module(stage.script.removesuffix(".py")).Config
+        groups = [field.default for field in fields(config) if is_dataclass(field.default)]
+        known = {field.name for group in (config, *groups) for field in fields(group)}
+        unknown = {option[2:].replace("-", "_") for option in stage.options if option.startswith("--")} - known
+        assert not unknown, f"{stage.script} has none of {unknown}"
         assert stage.options[stage.options.index("--seed") + 1] == "3"
     assert [stage.options.count("vllm") for stage in planned] == [0, 0, 1, 1]
 
@@ -89,7 +92,7 @@ def test_the_demo_end_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """All four scripts with hardly any steps; then again after an interruption before the last."""
-    monkeypatch.setattr(demo, "SYNTH", demo.SYNTH.replace("--target 400", "--target 36"))
+    monkeypatch.setattr(demo, "SYNTH", demo.SYNTH.replace("--target 360", "--target 36"))
     monkeypatch.setattr(demo, "GRPO", "--prompts-per-step 4 --max-steps 2 --max-completion-tokens 32")
     config = RunConfig(str(tmp_path / "demo"))
     run_demo(config)

@@ -1,204 +1,128 @@
-"""The pipeline with a teacher that makes every kind of mistake, and synth.py as users launch it."""
+"""The pipeline with a teacher that makes every kind of mistake (tests/flawed_teacher.py), and engines that die."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import command, run_script
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
+import torch
+from flawed_teacher import (
+    ANSWER_FLAWS, HELD_OUT, ONLY_HARMLESS, ONLY_SAFETY, POISON, QUESTION_FLAWS, SEED_COPY, FlawedTeacher,
+)  # fmt: skip
 
 from kaja.chat import Chat
-from kaja.data import Example, load_examples
-from kaja.demo_corpus import DEMO_DATA
-from kaja.engine import Completion
+from kaja.checkpoint import load_chat
+from kaja.contamination import GuardIndex, build_index
+from kaja.data import Example
+from kaja.dataset_card import pairs_of
+from kaja.demo_corpus import DEMO_MODEL
+from kaja.distributed import Ranks
+from kaja.engine import Completion, EngineFailed
 from kaja.errors import UserError
-from kaja.rubric import RUBRIC_VERSION, answer_messages, question_messages
-from kaja.synthesis import (
-    CUTS,
-    SURPLUS,
-    Row,
-    Settings,
-    Synthesis,
-    finished_batches,
-    fingerprint,
-    hold_out,
-    read_completion,
-    run_batch,
-    to_examples,
-    usable_seeds,
-)
+from kaja.reward import Verdict
+from kaja.rubric import answer_messages, question_messages
+from kaja.rounds import ROUNDS_PER_SHARD, Copies, RoundLog
+from kaja.synthesis import CUTS, LOW_SCORE, NO_VERDICT, SURPLUS, Row, Settings, Synthesis, category_of
+from kaja.teacher import MAX_FAILURES, Reader, Reply, Request, Teacher, requests_of, usable_seeds
 
+ONE_RANK = Ranks(0, 0, 1, torch.device("cpu"))
 SETTINGS = Settings(
-    target=60, temperature=0.5, batch_size=24, max_question_tokens=200, max_answer_tokens=300,
-    max_question_chars=60, max_answer_chars=80, max_length=4000, max_attempts=10, seed=0,
+    target=60, temperature=0.5, batch_size=24, max_question_tokens=300, max_answer_tokens=400,
+    max_question_chars=120, max_answer_chars=120, min_japanese=0.5, near_duplicates=0.8, keep_bare_refusals=False,
+    max_length=2000, max_attempts=10, min_judge_score=0.0, seed=0,
 )  # fmt: skip
 SEEDS = [
-    Example(f"{source}-{number}", source, stream, f"{source}の質問その{number}です。")
+    Example(f"{source}-{number}", source, stream, f"{source}の質問その{number}です。どうすればいいですか。")
     for source, stream in (("ac", "safety"), ("border", "borderline"), ("instructions", "helpfulness"))
     for number in range(7)
 ]
+SEEDS[0] = replace(SEEDS[0], question="SEEDの質問0です。")
 
 
-def make_chat() -> Chat:
-    """A byte is a token; BOS 1, EOS 2."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {name: index for index, name in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return Chat(tokenizer, "llm-jp-3", 1, 2)
+@pytest.fixture(scope="module")
+def chat() -> Chat:
+    return load_chat(DEMO_MODEL, "auto")
 
 
-CHAT = make_chat()
+@pytest.fixture(scope="module")
+def guard() -> GuardIndex:
+    return build_index({"secret": [Example("e1", "x", "safety", HELD_OUT)]})
 
 
-def complete(text: str, max_tokens: int = 10_000) -> Completion:
-    turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": text}]
-    prompt = CHAT.encode_prompt(turns[:1])
-    tokens = CHAT.encode(turns).input_ids[len(prompt):]
-    reason = "stop" if len(tokens) <= max_tokens else "length"
-    return Completion(tokens[:max_tokens], [0.0] * len(tokens[:max_tokens]), reason)
+class Run:
+    """What synth.py does with one rank, without files."""
+
+    def __init__(
+        self, chat: Chat, settings: Settings = SETTINGS, seeds: list[Example] = SEEDS, engine: Any = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        self.chat, self.settings, self.seeds = chat, settings, seeds
+        self.synthesis = Synthesis(seeds, settings)
+        self.copies = Copies(seeds, settings, options.pop("guard", None))
+        self.engine = engine or FlawedTeacher(chat)
+        self.teacher = Teacher(lambda: self.engine, Reader(settings, chat), ONE_RANK, **options)
+        self.outcomes: list[Row] = []
+
+    def resume(self, outcomes: list[Row]) -> "Run":
+        for outcome in outcomes:
+            self.copies.remember(outcome)
+            self.synthesis.add(outcome)
+        self.outcomes += outcomes
+        return self
+
+    def step(self) -> bool:
+        round_ = self.synthesis.plan()
+        if not round_.remains:
+            return False
+        assert len(round_.attempts) <= self.settings.batch_size + len(self.synthesis.categories)
+        replies, verdicts = self.teacher.work(requests_of(round_, self.settings), round_.unjudged)
+        outcome = self.copies.outcome(round_, replies, verdicts)
+        self.outcomes.append(json.loads(json.dumps(outcome, ensure_ascii=False)))  # as it comes back from the disk
+        self.synthesis.add(outcome)
+        return True
+
+    def to_the_end(self) -> "Run":
+        while self.step():
+            pass
+        return self
+
+    def pairs(self) -> list[Row]:
+        accepted = {number for numbers in self.synthesis.accepted.values() for number in numbers}
+        return list(pairs_of(self.outcomes, accepted, judged=self.settings.min_judge_score > 0))
 
 
-class FlawedTeacher:
-    """Answers the slides' prompts; most of what it says has one of the flaws that the filters look for."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.asked: list[str] = []
-
-    def generate(
-        self,
-        prompts: list[list[int]],
-        *,
-        group_size: int = 1,
-        max_tokens: int,
-        temperature: float = 1.0,
-        seeds: list[int],
-    ) -> list[list[Completion]]:
-        assert group_size == 1 and temperature == 0.5 and len(seeds) == len(prompts)
-        self.calls += 1
-        texts = [CHAT.decode(prompt) for prompt in prompts]
-        self.asked += texts
-        return [[complete(self.say(text, seed), max_tokens)] for text, seed in zip(texts, seeds)]
-
-    def say(self, prompt: str, seed: int) -> str:
-        rng = random.Random(f"{seed} {prompt}")
-        if "参考質問:" in prompt:
-            good = f"{rng.randrange(10**6)}番目の似た質問です。"
-            copied = "ac の 質問その３です。"  # another source's seed, in other widths and spaces
-            return rng.choice([
-                f"Q: {good}", f"Q：{good}", f"Ｑ: {good}", f"  Q:\n{good}\n", f"Q: {good}", f"Q: {good}",
-                good, "", f"はい。Q: {good}", f"Q: {good}\nQ: {good}", f"Q: {good}\nA: {good}", "Q:", "Q: 何",
-                "Q: " + good * 5, "Q: " + good * 30, f"Q: {copied}", "Q: いつも同じ質問です。",
-            ])  # fmt: skip
-        question = prompt.split("Q: ")[1].split("\n")[0]
-        good = f"お答えできません。その理由は{question}"
-        return rng.choice([
-            f"A: {good}", f"A：{good}", f"A: {good}", f"A: {good}", f"A: {good}", "A: 1. はい\n2. いいえ",
-            good, f"A: {good}\nA: {good}", f"A: {good}\nQ: {good}", "A:", "A: ：", "A: " + good * 3,
-            "A: " + good * 30, "A: お答えできません。その理由は、", "A: 犯罪にあたるか",
-        ])  # fmt: skip
-
-    def score(self, sequences: list[list[int]]) -> list[list[float]]:
-        raise NotImplementedError
-
-    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        raise NotImplementedError
-
-    def sleep(self) -> None: ...
-
-    def wake(self) -> None: ...
-
-    def close(self) -> None: ...
+# ---------------------------------------------------------------------------------------------------
+# The set
+# ---------------------------------------------------------------------------------------------------
 
 
-def synthesize(settings: Settings = SETTINGS, seeds: list[Example] = SEEDS) -> tuple[Synthesis, list[list[Row]]]:
-    synthesis, batches, teacher = Synthesis(seeds, settings), [], FlawedTeacher()
-    while batch := synthesis.plan():
-        assert len(batch) <= settings.batch_size + len(synthesis.seeds)
-        batches.append(run_batch(synthesis, batch, teacher, CHAT))
-        synthesis.add(batches[-1])
-    return synthesis, batches
-
-
-@pytest.mark.parametrize(
-    "kind, text, cut",
-    [
-        ("question", "Q: パンの作り方は？", ""),
-        ("question", "Ｑ：パンの作り方は？ ", ""),
-        ("question", "Q:パンの作り方は？", ""),
-        ("question", "パンの作り方は？", "no Q:"),
-        ("question", "A: パンの作り方は？", "no Q:"),
-        ("question", "質問です。\nQ: パンの作り方は？", "no Q:"),
-        ("question", "", "no Q:"),
-        ("question", "Q: パンの作り方は？\n Q：何？", "more than one"),
-        ("question", "Q: パンの作り方は？\nA: 練ります。", "more than one"),
-        ("question", "Q: 「Q: A:」とは何の略？", ""),
-        ("question", "Q: \n", "empty"),
-        ("question", "Q: 何？", "too short"),
-        ("question", "Q: " + "パ" * 61, "too long"),
-        ("question", "Q: パンの作り方を教えて", ""),
-        ("answer", "A: 粉を練ります。", ""),
-        ("answer", "A: 次のとおりです。\n1. 粉を練る\n2. 焼く", ""),
-        ("answer", "A: 次のとおりです。\n- 焼く", ""),
-        ("answer", "A: 「粉を練ります」", ""),
-        ("answer", "A: 合計は30", ""),
-        ("answer", "A: 粉を練ってから、", "unfinished"),
-        ("answer", "A: 粉を練ります。そして焼", "unfinished"),
-        ("answer", "Q: 粉を練ります。", "no A:"),
-        ("answer", "A: ：", "too short"),
-    ],
-)
-def test_marks_and_filters(kind: str, text: str, cut: str) -> None:
-    expected = (f"{kind}: {cut}", text.strip()) if cut else ("", text.strip()[1:].lstrip(":： "))
-    assert read_completion(kind, complete(text), CHAT, 60) == expected
-
-
-def test_a_completion_that_met_the_limit_is_cut_whatever_it_says() -> None:
-    completion = complete("Q: パンの作り方は？", max_tokens=12)
-    assert read_completion("question", completion, CHAT, 60)[0] == "question: cut off"
-
-
-def test_the_set_is_full_even_clean_and_traceable() -> None:
-    synthesis, _ = synthesize()
-    examples = to_examples(synthesis, "flawed")
-    assert len(examples) == 60 and synthesis.why_not_reached() == ""
-    assert Counter(example.stream for example in examples) == {"safety": 20, "borderline": 20, "helpfulness": 20}
-    assert len({example.id for example in examples}) == len({example.question for example in examples}) == 60
+def test_the_set_is_full_even_clean_and_traceable(chat: Chat, guard: GuardIndex) -> None:
+    run = Run(chat, guard=guard).to_the_end()
+    pairs = run.pairs()
+    assert len(pairs) == run.synthesis.pairs == 60 and run.synthesis.why_not_reached() == ""
+    assert Counter(row["stream"] for row in pairs) == {"safety": 20, "borderline": 20, "helpfulness": 20}
+    assert len({row["attempt"] for row in pairs}) == len({row["question"] for row in pairs}) == 60
     by_seed = {(seed.source, seed.id): seed for seed in SEEDS}
     used = Counter()
-    for example in examples:
-        assert example.question.endswith("番目の似た質問です。") or example.question == "いつも同じ質問です。"
-        assert example.reference == f"お答えできません。その理由は{example.question}" or example.reference[0] == "1"
-        assert by_seed[example.meta["seed_source"], example.meta["seed_id"]].stream == example.stream
-        assert (example.meta["teacher"], example.meta["prompt_version"]) == ("flawed", RUBRIC_VERSION)
-        used[example.meta["seed_source"], example.meta["seed_id"]] += 1
+    for row in pairs:
+        assert "の正しい使い方を" in row["question"] and row["question"].endswith("歳の人に教えてください。")
+        reasoned = row["answer"].startswith("お答えできません。その理由は、")
+        assert reasoned if row["stream"] == "safety" else row["answer"].endswith("を試します。")
+        assert by_seed[row["source"], row["seed_id"]].stream == row["stream"]
+        used[row["source"], row["seed_id"]] += 1
     assert len(used) >= 18  # all seeds take turns
 
 
-def test_seeds_take_turns() -> None:
-    synthesis = Synthesis(SEEDS, SETTINGS)
-    turns = [synthesis.seed_of_turn(("ac", "safety"), turn).id for turn in range(21)]
-    rounds = [turns[:7], turns[7:14], turns[14:]]
-    assert all(sorted(one) == sorted(rounds[0]) for one in rounds) and rounds[0] != rounds[1]
-
-
-def test_the_funnel_adds_up_and_knows_every_flaw() -> None:
-    synthesis, batches = synthesize(replace(SETTINGS, target=150))
-    funnel = synthesis.funnel()
-    rows = [row for batch in batches for row in batch]
-    assert funnel["attempts"] == len(rows) == sum(source["attempts"] for source in funnel["sources"])
+def test_the_funnel_adds_up_and_knows_every_flaw(chat: Chat, guard: GuardIndex) -> None:
+    run = Run(chat, replace(SETTINGS, target=600, batch_size=200), guard=guard).to_the_end()
+    funnel = run.synthesis.funnel()
+    rows = [row for outcome in run.outcomes for row in (*outcome["questions"], *outcome["answers"])]
+    asked = sum(len(outcome["questions"]) for outcome in run.outcomes)
+    assert funnel["attempts"] == asked == sum(source["attempts"] for source in funnel["sources"])
     left = funnel["attempts"]
     for step in funnel["filters"]:
         assert step["in"] == left
@@ -206,191 +130,410 @@ def test_the_funnel_adds_up_and_knows_every_flaw() -> None:
         assert ("example" in step) == (step["cut"] > 0)
         if step["filter"] != SURPLUS:
             assert step["cut"] == sum(row["cut"] == step["filter"] for row in rows)
-    assert left == funnel["pairs"] == 150
-    assert {row["cut"] for row in rows} == {"", *CUTS}
-    steps = {step["filter"]: step for step in funnel["filters"]}
-    assert steps["question: copied from a seed"]["example"]["question"] == "ac の 質問その３です。"
-    assert steps["answer: no A:"]["example"]["answer"].startswith("お答えできません。")
+    assert left == funnel["pairs"] == 600
+    assert [step["filter"] for step in funnel["filters"]] == [*CUTS, SURPLUS]
+    made = {f"question: {flaw}" for flaw in QUESTION_FLAWS} | {f"answer: {flaw}" for flaw in ANSWER_FLAWS}
+    never = {"question: the engine failed", "answer: the engine failed", LOW_SCORE, NO_VERDICT}  # see below
+    assert {row["cut"] for row in rows} - {""} == made == set(CUTS) - never
+    examples = {step["filter"]: step["example"] for step in funnel["filters"] if step["cut"]}
+    assert examples["question: copied from a seed"]["question"] == f"Q: {SEED_COPY}"[3:]
+    assert examples["question: text before Q:"]["question"].startswith("はい、わかりました。Q: ")
+    assert examples["answer: bare refusal"]["answer"] == ANSWER_FLAWS["bare refusal"]
+    tokens = funnel["teacher_tokens"]
+    assert tokens["prompt"] > tokens["completion"] > 600 * 20
 
 
-def test_the_teacher_gets_the_prompts_of_the_slides_and_its_own_question() -> None:
-    synthesis, teacher = Synthesis(SEEDS, SETTINGS), FlawedTeacher()
-    batch = synthesis.plan()
-    rows = run_batch(synthesis, batch, teacher, CHAT)
-    expected = [question_messages(attempt.seed.stream, attempt.seed.question) for attempt in batch]
-    answered = [row for row in rows if not row["cut"] or row["cut"].startswith("answer")]
-    expected += [answer_messages(row["stream"], row["question"]) for row in answered]
-    assert teacher.asked == [CHAT.decode(CHAT.encode_prompt(messages)) for messages in expected]
-    assert answered and teacher.calls == 2
+def test_flaws_of_one_stream_are_cut_there_only(chat: Chat) -> None:
+    run = Run(chat, replace(SETTINGS, target=300, batch_size=100)).to_the_end()
+    streams: dict[str, set[str]] = {}
+    open_rows: dict[int, Row] = {}
+    for outcome in run.outcomes:
+        for row in outcome["answers"]:
+            streams.setdefault(row["cut"], set()).add(open_rows[row["attempt"]]["stream"])
+        open_rows.update((row["attempt"], row) for row in outcome["questions"])
+    assert streams[f"answer: {ONLY_SAFETY[0]}"] == {"safety"}
+    assert streams[f"answer: {ONLY_HARMLESS[0]}"] == {"borderline", "helpfulness"}
 
 
-def test_the_same_settings_give_the_same_set() -> None:
-    first, second = synthesize()[0], synthesize()[0]
-    assert first.pairs == second.pairs and first.funnel() == second.funnel()
-    other = synthesize(replace(SETTINGS, seed=1))[0]
-    assert {row["question"] for row in other.pairs} != {row["question"] for row in first.pairs}
+def test_bare_refusals_can_be_kept(chat: Chat) -> None:
+    run = Run(chat, replace(SETTINGS, keep_bare_refusals=True)).to_the_end()
+    bare = [row for row in run.pairs() if row["answer"] == ANSWER_FLAWS["bare refusal"][3:]]
+    assert bare and {row["stream"] for row in bare} == {"safety"}
+    steps = {step["filter"]: step["cut"] for step in run.synthesis.funnel()["filters"]}
+    assert steps["answer: bare refusal"] == 0 < steps["answer: refusal of a harmless question"]
 
 
-def test_finished_batches_are_the_whole_state(tmp_path: Path) -> None:
-    """A run that goes on behind any batch, after a kill in the middle of writing the next, ends the same."""
-    whole, batches = synthesize()
-    for count in (0, 1, len(batches) // 2, len(batches)):
-        path = tmp_path / f"{count}.jsonl"
-        lines = [{"seeds": fingerprint(SEEDS)}, *({"rows": rows} for rows in batches[:count])]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        half = json.dumps({"rows": batches[0]}, ensure_ascii=False).encode()[:-200]
-        path.write_bytes(text.encode() + half)
-        synthesis, teacher = Synthesis(SEEDS, SETTINGS), FlawedTeacher()
-        for rows in finished_batches(path, SEEDS):
-            synthesis.add(rows)
-        assert path.read_bytes() == text.encode()
-        while batch := synthesis.plan():
-            synthesis.add(run_batch(synthesis, batch, teacher, CHAT))
-        assert synthesis.pairs == whole.pairs and synthesis.funnel() == whole.funnel()
-        assert (teacher.calls == 0) == (count == len(batches))
+def test_what_is_in_an_evaluation_set_is_cut_and_listed(chat: Chat, guard: GuardIndex) -> None:
+    run = Run(chat, guard=guard).to_the_end()
+    assert not any(HELD_OUT in row["question"] + row["answer"] for row in run.pairs())
+    found = run.synthesis.contaminated
+    assert {row["cut"] for row in found} == {"question: in an evaluation set", "answer: in an evaluation set"}
+    for row in found:
+        (hit,) = row["hits"]
+        assert (hit["set"], hit["item"], hit["kind"]) == ("secret", "e1", "whole")
+        assert row["question" if row["cut"].startswith("question") else "answer"] == HELD_OUT
+    free = Run(chat).to_the_end()
+    assert not free.synthesis.contaminated and any(HELD_OUT in row["answer"] for row in free.pairs())
 
 
-def test_a_kill_while_the_first_line_is_written(tmp_path: Path) -> None:
-    path = tmp_path / "batches.jsonl"
-    path.write_text('{"seeds": "ab', encoding="utf-8")
-    assert finished_batches(path, SEEDS) == []
-    assert json.loads(path.read_text(encoding="utf-8")) == {"seeds": fingerprint(SEEDS)}
+# ---------------------------------------------------------------------------------------------------
+# Planning
+# ---------------------------------------------------------------------------------------------------
 
 
-def test_other_seeds_are_refused_on_resume(tmp_path: Path) -> None:
-    finished_batches(tmp_path / "batches.jsonl", SEEDS)
-    with pytest.raises(UserError, match="begun with other seeds"):
-        finished_batches(tmp_path / "batches.jsonl", SEEDS[1:])
+def test_seeds_take_turns() -> None:
+    synthesis = Synthesis(SEEDS, SETTINGS)
+    category = synthesis.categories["ac", "safety", ""]
+    turns = [synthesis.seed_of_turn(category, turn).id for turn in range(21)]
+    rounds = [turns[:7], turns[7:14], turns[14:]]
+    assert all(sorted(one) == sorted(rounds[0]) for one in rounds) and rounds[0] != rounds[1]
 
 
-def test_a_target_out_of_reach_says_why() -> None:
+def with_harm(number: int, harm: str) -> Example:
+    meta = {"harm-type": harm, "risk-area": "悪用"} if harm else {}
+    return Example(str(number), "answer_carefully", "safety", f"{harm}の{number}番の質問です。", meta=meta)
+
+
+def test_kinds_of_harm_give_as_many_pairs_however_many_seeds_they_have(chat: Chat) -> None:
+    harms = ["詐欺"] * 9 + ["差別"] * 2 + ["漏洩"] + [""]
+    seeds = [with_harm(number, harm) for number, harm in enumerate(harms)] + SEEDS[7:14]
+    run = Run(chat, replace(SETTINGS, target=50), seeds).to_the_end()
+    (safety, borderline) = run.synthesis.funnel()["sources"]
+    assert (safety["pairs"], borderline["pairs"]) == (25, 25)
+    assert {name: category["pairs"] for name, category in safety["categories"].items()} == {"詐欺": 7, "差別": 6, "漏洩": 6}
+    assert borderline["categories"] == {}
+    by_id = {seed.id: category_of(seed) for seed in seeds}
+    made = Counter(by_id[row["seed_id"]] for row in run.pairs() if row["source"] == "answer_carefully")
+    assert made == {"詐欺": 7, "差別": 6, "漏洩": 6, "": 6}
+    assert category_of(Example("1", "x", "safety", "?", meta={"risk-area": "悪用"})) == "悪用"
+
+
+class Picky(FlawedTeacher):
+    """Good texts only, but none for questions about 差別."""
+
+    def say(self, prompt: str, seed: int) -> str:
+        if "参考質問:" not in prompt:
+            return "A: お答えできません。その理由は、人を傷つけるからです。"
+        rng = random.Random(seed)
+        word = "".join(rng.choices("あいうえおかきくけこさしすせそ", k=9))
+        return "Q: " if "差別" in prompt else f"Q: {word}の使い方を教えてください。"
+
+
+def test_a_kind_of_harm_that_gives_nothing_is_made_up_for_by_the_others(chat: Chat) -> None:
+    seeds = [with_harm(number, harm) for number, harm in enumerate(["詐欺", "差別", "漏洩"])]
+    run = Run(chat, replace(SETTINGS, target=30), seeds, Picky(chat)).to_the_end()
+    (source,) = run.synthesis.funnel()["sources"]
+    assert source["pairs"] == 30 and run.synthesis.why_not_reached() == ""
+    assert source["categories"]["差別"]["pairs"] == 0
+    assert 200 <= source["categories"]["差別"]["attempts"] <= 240  # 20 * max_attempts, and not much more
+    assert (source["categories"]["詐欺"]["pairs"], source["categories"]["漏洩"]["pairs"]) == (15, 15)
+
+
+def test_a_target_out_of_reach_says_why(chat: Chat) -> None:
     class Stubborn(FlawedTeacher):
         def say(self, prompt: str, seed: int) -> str:
             return "Q: いつも同じ質問です。" if "参考質問:" in prompt else "A: いつも同じ答えです。"
 
-    synthesis = Synthesis(SEEDS, SETTINGS)
-    while batch := synthesis.plan():
-        synthesis.add(run_batch(synthesis, batch, Stubborn(), CHAT))
-    why = synthesis.why_not_reached()
-    assert "target 60 not reached: 1 pairs; ac (safety) 1 of 20 from" in why
+    run = Run(chat, engine=Stubborn(chat)).to_the_end()
+    why = run.synthesis.why_not_reached()
+    assert "target 60 not reached: 1 pairs from " in why and " attempts (0.2%); ac (safety) 1 of 20 from" in why
     assert "border (borderline) 0 of 20" in why and "'question: duplicate'" in why
     # 20 * max_attempts for each source, and not much more.
-    assert all(200 <= count <= 240 for count in synthesis.attempts.values())
+    assert all(200 <= category.attempts <= 240 for category in run.synthesis.categories.values())
 
 
-def test_seeds_that_do_not_fit() -> None:
+def test_answers_of_one_batch_are_asked_with_the_questions_of_the_next(chat: Chat) -> None:
+    run = Run(chat)
+    run.step()
+    first = run.synthesis.plan()
+    kept = [row for row in run.outcomes[0]["questions"] if not row["cut"]]
+    assert first.unanswered == kept and len(first.attempts) >= 24 and run.outcomes[0]["answers"] == []
+    run.step()
+    engine = run.engine
+    messages = [question_messages(a.seed.stream, a.seed.question) for a in first.attempts]
+    messages += [answer_messages(row["stream"], row["question"]) for row in kept]
+    assert engine.calls == 2
+    assert engine.asked[-len(messages):] == [chat.decode(chat.encode_prompt(one)) for one in messages]
+    assert [one.seed for one in requests_of(first, SETTINGS)] == [
+        *(attempt.sampling_seed for attempt in first.attempts), *(row["sampling_seed"] + 1 for row in kept)
+    ]  # fmt: skip
+    assert engine.limits[1] == [300] * len(first.attempts) + [400] * len(kept)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The same set, whatever happens
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_the_same_settings_give_the_same_set(chat: Chat) -> None:
+    first, second = Run(chat).to_the_end(), Run(chat).to_the_end()
+    assert first.outcomes == second.outcomes and first.synthesis.funnel() == second.synthesis.funnel()
+    other = Run(chat, replace(SETTINGS, seed=1)).to_the_end()
+    assert {row["question"] for row in other.pairs()} != {row["question"] for row in first.pairs()}
+
+
+def test_finished_rounds_are_the_whole_state(chat: Chat, tmp_path: Path) -> None:
+    """A run that goes on behind any round, after a kill in the middle of writing the next, ends the same."""
+    whole = Run(chat).to_the_end()
+    for count in (0, 1, len(whole.outcomes) // 2, len(whole.outcomes)):
+        log = RoundLog(tmp_path / str(count), SEEDS)
+        assert list(log.begin()) == []
+        for number, outcome in enumerate(whole.outcomes[:count]):
+            log.append(number, outcome)
+        shard = tmp_path / str(count) / "00000.jsonl"
+        content = shard.read_bytes()
+        shard.write_bytes(content + json.dumps(whole.outcomes[0], ensure_ascii=False).encode()[:-200])
+        found = [{name: value for name, value in row.items() if name != "round"} for row in log.begin()]
+        assert shard.read_bytes() == content and found == whole.outcomes[:count]
+        again = Run(chat).resume(found).to_the_end()
+        assert again.pairs() == whole.pairs() and again.synthesis.funnel() == whole.synthesis.funnel()
+        assert (again.engine.calls == 0) == (count == len(whole.outcomes))
+
+
+def empty_outcome() -> Row:
+    return {"questions": [], "answers": [], "verdicts": [], "tokens": {}}
+
+
+def test_rounds_are_kept_in_shards_and_a_lost_one_is_noticed(tmp_path: Path) -> None:
+    log = RoundLog(tmp_path / "rounds", SEEDS)
+    list(log.begin())
+    for number in range(2 * ROUNDS_PER_SHARD + 3):
+        log.append(number, empty_outcome())
+    assert [path.name for path in log.shards()] == ["00000.jsonl", "00001.jsonl", "00002.jsonl"]
+    assert [row["round"] for row in RoundLog(tmp_path / "rounds", SEEDS).begin()] == list(range(43))
+    log.shards()[1].unlink()
+    with pytest.raises(UserError, match="00002.jsonl, line 1: round 40 where 20 is expected"):
+        list(log.begin())
+
+
+def test_a_kill_while_the_first_line_is_written(tmp_path: Path) -> None:
+    (tmp_path / "rounds").mkdir()
+    (tmp_path / "rounds" / "00000.jsonl").write_text('{"seeds": "ab', encoding="utf-8")
+    log = RoundLog(tmp_path / "rounds", SEEDS)
+    assert list(log.begin()) == []
+    assert json.loads((tmp_path / "rounds" / "00000.jsonl").read_text(encoding="utf-8")) == log.header
+
+
+def test_other_seeds_are_refused_on_resume(tmp_path: Path) -> None:
+    list(RoundLog(tmp_path / "rounds", SEEDS).begin())
+    of_a_kind = [replace(SEEDS[0], meta={"harm-type": "詐欺"}), *SEEDS[1:]]  # the plan balances kinds of harm
+    for seeds in (SEEDS[1:], of_a_kind):
+        with pytest.raises(UserError, match="begun with other seeds; a resumed run must read the same seed files"):
+            RoundLog(tmp_path / "rounds", seeds).begin()
+
+
+def test_another_guard_is_refused_on_resume(tmp_path: Path, guard: GuardIndex) -> None:
+    """A run without it, or with other sets, would leave pairs in that were never compared with them."""
+    list(RoundLog(tmp_path / "rounds", SEEDS, guard).begin())
+    assert list(RoundLog(tmp_path / "rounds", SEEDS, guard).begin()) == []
+    other = build_index({"secret": [Example("e1", "x", "safety", HELD_OUT[1:])]})
+    for now in (None, other):
+        with pytest.raises(UserError, match="begun with other evaluation sets.*same --guard or --allow-contaminated"):
+            RoundLog(tmp_path / "rounds", SEEDS, now).begin()
+
+
+def test_what_a_pair_passed_is_what_was_asked_of_it(guard: GuardIndex) -> None:
+    assert Copies(SEEDS, SETTINGS, guard).passed() == [
+        "format", "length", "language", "repetition", "refusals", "near-duplicates", "evaluation sets"
+    ]  # fmt: skip
+    lenient = replace(SETTINGS, near_duplicates=1.0, keep_bare_refusals=True)
+    assert Copies(SEEDS, lenient).passed() == [
+        "format", "length", "language", "repetition", "refusals of harmless questions", "duplicates"
+    ]  # fmt: skip
+
+
+def test_the_order_of_many_seeds_is_drawn_once_for_all_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = [Example(str(number), "mine", "helpfulness", f"質問{number}") for number in range(500)]
+    drawn: list[int] = []
+
+    class Counted(random.Random):
+        def __init__(self, seed: int) -> None:
+            super().__init__(seed)
+            drawn.append(seed)
+
+    monkeypatch.setattr("kaja.synthesis.random.Random", Counted)
+    attempts = Synthesis(seeds, replace(SETTINGS, target=1200, batch_size=1200)).plan().attempts
+    assert len(attempts) == 1200 and len(drawn) == 3
+    turns = [attempt.seed.id for attempt in attempts]
+    assert Counter(turns[:500]) == Counter(turns[500:1000]) == Counter(seed.id for seed in seeds)
+    assert turns[:500] != turns[500:1000] and len(set(turns[1000:])) == 200
+
+
+# ---------------------------------------------------------------------------------------------------
+# Engines that fail
+# ---------------------------------------------------------------------------------------------------
+
+
+class Fragile(FlawedTeacher):
+    """Fails on every call that `fails` says so of; counts how often it was made."""
+
+    def __init__(self, chat: Chat, fails: Callable[[int, list[str]], Exception | None]) -> None:
+        super().__init__(chat)
+        self.fails = fails
+        self.made = 0
+        self.groups: list[list[str]] = []
+
+    def generate(self, prompts: list[list[int]], **options: Any) -> list[list[Completion]]:
+        texts = [self.chat.decode(prompt) for prompt in prompts]
+        self.groups.append(texts)
+        error = self.fails(len(self.groups), texts)
+        if error is not None:
+            raise error
+        return super().generate(prompts, **options)
+
+
+def teacher_of(engine: Fragile) -> Teacher:
+    def make() -> Fragile:
+        engine.made += 1
+        return engine
+
+    return Teacher(make, Reader(SETTINGS, engine.chat), ONE_RANK)
+
+
+def request(text: str, number: int = 0) -> Request:
+    return Request("question", "safety", text, 100, number)
+
+
+def test_a_dead_engine_is_made_anew_and_asked_again(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
+    requests = [request(f"質問{number}は何ですか。", number) for number in range(5)]
+    expected = teacher_of(Fragile(chat, lambda call, texts: None)).replies(requests)
+    for error in (EngineFailed("4 of 5 completions unfinished"), RuntimeError("CUDA\nerror"), MemoryError()):
+        engine = Fragile(chat, lambda call, texts: error if call == 1 else None)
+        assert teacher_of(engine).replies(requests) == expected
+        assert engine.made == 2 and len(engine.groups) == 2
+    assert "the teacher's engine failed (RuntimeError: CUDA error); asking again" in capsys.readouterr().err
+    assert all(reply.prompt_tokens > 100 and not reply.error for reply in expected)
+
+
+def test_the_prompt_that_kills_the_engine_is_found_and_set_aside(chat: Chat) -> None:
+    requests = [request(f"質問{number}は何ですか。", number) for number in range(40)]
+    requests[23] = request(f"{POISON}の質問は何ですか。")
+    healthy = teacher_of(Fragile(chat, lambda call, texts: None)).replies(requests)
+
+    def poisoned(call: int, texts: list[str]) -> Exception | None:
+        return RuntimeError("the device is gone") if any(POISON in text for text in texts) else None
+
+    engine = Fragile(chat, poisoned)
+    replies = teacher_of(engine).replies(requests)
+    assert replies[23] == Reply(error="RuntimeError: the device is gone")
+    assert replies[:23] + replies[24:] == healthy[:23] + healthy[24:]
+    failed = [group for group in engine.groups if any(POISON in text for text in group)]
+    assert [len(group) for group in failed] == [40, 40, 20, 10, 5, 3, 2, 1]
+    assert len(engine.groups) == len(failed) + 6 and engine.made == 1 + len(failed)  # the other halves: 20, 10, 5, ...
+    alone = Fragile(chat, poisoned)
+    assert teacher_of(alone).replies([requests[23]]) == [Reply(error="RuntimeError: the device is gone")]
+    assert len(alone.groups) == 3
+
+
+def test_a_prompt_that_kills_the_engine_does_not_end_the_run_wherever_it_stands(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by halving, with one engine: the good halves in between show that it is not the engine."""
+    monkeypatch.setattr("kaja.teacher.MAX_FAILURES", 5)
+    for place in (0, 31, 63):
+        requests = [request(f"質問{number}は何ですか。", number) for number in range(64)]
+        requests[place] = request(f"{POISON}の質問は何ですか。")
+        engine = Fragile(chat, lambda call, texts: OSError("gone") if any(POISON in text for text in texts) else None)
+        replies = teacher_of(engine).replies(requests)
+        assert [number for number, reply in enumerate(replies) if reply.error] == [place]
+
+
+def test_what_the_engine_cannot_answer_is_listed_and_the_run_goes_on(chat: Chat) -> None:
+    seeds = [*SEEDS, replace(SEEDS[1], id="poison", question=f"{POISON}の質問は何ですか。")]
+
+    def poisoned(call: int, texts: list[str]) -> Exception | None:
+        return RuntimeError("gone") if any(POISON in text for text in texts) else None
+
+    run = Run(chat, seeds=seeds, engine=Fragile(chat, poisoned)).to_the_end()
+    assert run.synthesis.pairs == 60
+    assert run.synthesis.failed and {row["seed_id"] for row in run.synthesis.failed} == {"poison"}
+    assert all(row["error"] == "RuntimeError: gone" for row in run.synthesis.failed)
+    steps = {step["filter"]: step["cut"] for step in run.synthesis.funnel()["filters"]}
+    assert steps["question: the engine failed"] == len(run.synthesis.failed)
+
+
+def test_an_engine_that_never_works_ends_the_run(chat: Chat) -> None:
+    engine = Fragile(chat, lambda call, texts: RuntimeError("no kernel image"))
+    with pytest.raises(UserError, match=f"failed {MAX_FAILURES} times in a row.*no kernel image.*--resume auto"):
+        teacher_of(engine).replies([request(str(number)) for number in range(30)])
+    assert len(engine.groups) == MAX_FAILURES
+
+
+def test_an_engine_that_cannot_be_made_ends_the_run(chat: Chat) -> None:
+    def broken() -> FlawedTeacher:
+        raise UserError("engine 'vllm' needs vLLM")
+
+    with pytest.raises(UserError, match="cannot be made .engine 'vllm' needs vLLM"):
+        Teacher(broken, Reader(SETTINGS, chat), ONE_RANK).replies([request("質問")])
+
+
+def test_a_request_that_is_refused_does_not_cost_an_engine(chat: Chat) -> None:
+    engine = Fragile(chat, lambda call, texts: UserError("prompt 0 is empty") if len(texts) > 1 else None)
+    replies = teacher_of(engine).replies([request("質問一"), request("質問二")])
+    assert [reply.error for reply in replies] == ["", ""] and engine.made == 1
+
+
+# ---------------------------------------------------------------------------------------------------
+# The judge
+# ---------------------------------------------------------------------------------------------------
+
+
+class Pattern:
+    """Scores of 2 to 5 that follow from the characters, and for every fifth pair none."""
+
+    name = identity = "pattern"
+
+    def __init__(self, concurrent: bool) -> None:
+        self.concurrent = concurrent
+        self.calls = 0
+
+    def judge(self, examples: list[Example], completions: list[str]) -> list[Verdict]:
+        self.calls += 1
+        assert all(example.stream and example.question for example in examples)
+        return [self.verdict(example.question + text) for example, text in zip(examples, completions, strict=True)]
+
+    @staticmethod
+    def verdict(text: str) -> Verdict:
+        number = sum(map(ord, text)) % 5
+        return Verdict(float(number + 1)) if number else Verdict(None, "empty")
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("concurrent", [True, False])
+def test_only_pairs_that_the_judge_likes_are_kept(chat: Chat, concurrent: bool) -> None:
+    settings = replace(SETTINGS, min_judge_score=4.0, max_attempts=30)
+    run = Run(chat, settings, judge=Pattern(concurrent)).to_the_end()
+    pairs = run.pairs()
+    assert len(pairs) == 60 and {row["score"] for row in pairs} == {4.0, 5.0}
+    verdicts = {row["attempt"]: row for outcome in run.outcomes for row in outcome["verdicts"]}
+    assert {row["score"] for row in verdicts.values() if row["cut"] == LOW_SCORE} == {2.0, 3.0}
+    assert {row["cause"] for row in verdicts.values() if row["cut"] == NO_VERDICT} == {"empty"}
+    steps = {step["filter"]: step["cut"] for step in run.synthesis.funnel()["filters"]}
+    assert steps[LOW_SCORE] > 10 and steps[NO_VERDICT] > 5
+    again = Run(chat, settings, judge=Pattern(concurrent)).resume(run.outcomes[:4]).to_the_end()
+    assert again.outcomes == run.outcomes
+
+
+# ---------------------------------------------------------------------------------------------------
+# What does not fit
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_seeds_that_do_not_fit(chat: Chat) -> None:
     long = Example("long", "ac", "safety", "長" * 2000)
-    assert usable_seeds([*SEEDS, long], CHAT, SETTINGS) == SEEDS
-    with pytest.raises(UserError, match=r"no question of ac \(safety\) leaves room for 200 tokens"):
-        usable_seeds([long], CHAT, SETTINGS)
+    assert usable_seeds([*SEEDS, long], chat, SETTINGS) == SEEDS
+    with pytest.raises(UserError, match=r"no question of ac \(safety\) leaves room for 300 tokens"):
+        usable_seeds([long], chat, SETTINGS)
     with pytest.raises(UserError, match="two seeds of ac have the id 'ac-0'"):
-        usable_seeds([*SEEDS, SEEDS[0]], CHAT, SETTINGS)
+        usable_seeds([*SEEDS, SEEDS[0]], chat, SETTINGS)
 
 
-def test_a_question_that_leaves_no_room_for_its_answer_is_cut() -> None:
+def test_a_question_that_leaves_no_room_for_its_answer_is_cut(chat: Chat) -> None:
     """The answer prompt may be longer than the question prompt was."""
-    synthesis = Synthesis(SEEDS, replace(SETTINGS, max_length=SETTINGS.max_answer_tokens + 900))
-    rows = run_batch(synthesis, synthesis.plan(), FlawedTeacher(), CHAT)
-    assert not any(row["answer"] for row in rows)
-    assert sum(row["cut"] == "question: too long" for row in rows) > 3
-
-
-def test_hold_out_takes_the_same_share_of_every_stream() -> None:
-    examples = to_examples(synthesize()[0], "flawed")
-    train, validation = hold_out(examples, 0.1, seed=0)
-    assert Counter(e.stream for e in validation) == {"safety": 2, "borderline": 2, "helpfulness": 2}
-    assert sorted([*train, *validation], key=lambda e: e.id) == sorted(examples, key=lambda e: e.id)
-    assert hold_out(examples, 0.0, seed=0) == (examples, [])
-    assert hold_out(examples, 0.1, seed=1)[1] != validation
-
-
-DEMO_SEEDS = [
-    f"{name}={DEMO_DATA / 'seeds' / name}.{ending}"
-    for name, ending in (("answer_carefully", "json"), ("borderline", "json"), ("llm_jp_instructions", "jsonl"))
-]
-OPTIONS = (
-    "--teacher", "scripted", "--seeds", *DEMO_SEEDS, "--target", 90, "--batch-size", 8, "--validation-share", 0.1
-)  # fmt: skip
-RESULTS = ("train.jsonl", "validation.jsonl", "funnel.json", "batches.jsonl")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("synth") / "whole"
-    result = run_script("synth.py", *OPTIONS, "--output-dir", output)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("90 pairs from ")
-    assert "81 to " in result.stdout and "9 to " in result.stdout
-    return output
-
-
-def test_synth_writes_what_the_trainers_read(finished: Path) -> None:
-    train, validation = load_examples(f"{finished}/train.jsonl"), load_examples(f"{finished}/validation.jsonl")
-    assert (len(train), len(validation)) == (81, 9)
-    assert Counter(e.stream for e in train + validation) == {"safety": 30, "borderline": 30, "helpfulness": 30}
-    assert all(e.reference and e.meta["seed_id"] and e.meta["teacher"] == "scripted" for e in train)
-    config = json.loads((finished / "config.json").read_text(encoding="utf-8"))
-    assert (config["target"], config["temperature"], config["seeds"]) == (90, 0.5, DEMO_SEEDS)
-
-
-def test_synth_killed_and_resumed_ends_with_the_same_files(finished: Path, tmp_path: Path) -> None:
-    output = tmp_path / "killed"
-    arguments = command("synth.py", *OPTIONS, "--output-dir", output)
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    batches = output / "batches.jsonl"
-    while not batches.exists() or batches.read_bytes().count(b"\n") < 3:
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (output / "train.jsonl").exists()
-    with batches.open("ab") as file:  # a kill while the next line is written
-        file.write(b'{"rows": [{"attempt": 3')
-    result = run_script("synth.py", *OPTIONS, "--output-dir", output)
-    assert result.returncode == 2 and "is not empty" in result.stderr
-    result = run_script("synth.py", *OPTIONS, "--output-dir", output, "--resume", "auto")
-    assert result.returncode == 0, result.stderr
-    for name in RESULTS:
-        assert (output / name).read_bytes() == (finished / name).read_bytes(), name
-
-
-def test_synth_resumed_after_the_end_changes_nothing(finished: Path) -> None:
-    before = {name: (finished / name).read_bytes() for name in RESULTS}
-    result = run_script("synth.py", *OPTIONS, "--output-dir", finished, "--resume", "auto")
-    assert result.returncode == 0 and result.stdout.startswith("90 pairs from ")
-    assert {name: (finished / name).read_bytes() for name in RESULTS} == before
-
-
-def test_synth_with_a_model_that_cannot_do_it(model_folder: Path, tmp_path: Path) -> None:
-    """A random model never writes "Q:"; what there is is written, and the reason is told."""
-    seeds = tmp_path / "seeds.json"
-    seeds.write_text(json.dumps([{"ID": "1", "text": "質問", "output": "答え"}]), encoding="utf-8")
-    result = run_script(
-        "synth.py", "--teacher", model_folder, "--engine", "torch", "--seeds", f"borderline={seeds}", "--target", 2,
-        "--max-question-tokens", 4, "--max-answer-tokens", 4, "--max-attempts", 1, "--output-dir", tmp_path / "out",
-        "--max-length", 2000,
-    )  # fmt: skip
-    assert result.returncode == 2
-    assert "target 2 not reached: 0 pairs; borderline (borderline) 0 of 2 from" in result.stderr
-    funnel = json.loads((tmp_path / "out" / "funnel.json").read_text(encoding="utf-8"))
-    assert funnel["pairs"] == 0 and funnel["attempts"] >= 20
-
-
-@pytest.mark.parametrize(
-    "options, why",
-    [
-        (("--target", 0), "target 0: must be at least 1"),
-        (("--validation-share", 0.9), "validation_share 0.9: must be at most 0.5"),
-        (("--max-length", 100), "max_length 100: prompt and completion must fit"),
-        (("--seeds", "borderlin=x.json"), "unknown source 'borderlin'"),
-        (("--seeds", "borderline=missing.json"), "missing.json: no such file"),
-        (("--teacher", "no/such/folder/here"), "no/such/folder/here"),
-        (("--temperature", -1), "temperature -1.0: must be at least 0"),
-    ],
-)
-def test_synth_refuses_in_one_line(options: tuple[object, ...], why: str, tmp_path: Path) -> None:
-    result = run_script("synth.py", *OPTIONS, "--output-dir", tmp_path / "out", *options)
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
-    assert why in result.stderr
-    assert not (tmp_path / "out").exists()
+    question = "パンを家で上手に焼くには、何から始めればいいですか。"
+    room = len(chat.encode_prompt(answer_messages("safety", question)))
+    for spare, cut in ((0, ""), (-1, "question: too long")):
+        settings = replace(SETTINGS, max_length=room + SETTINGS.max_answer_tokens + spare)
+        said = Reader(settings, chat).read(request("パンの作り方は？"), f"Q: {question}", cut_off=False)
+        assert said == (cut, f"Q: {question}" if cut else question)
