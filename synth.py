@@ -47,7 +47,7 @@ from kaja.distributed import Ranks, from_main, gather_shares, on_main, setup, te
 from kaja.engine import Engine, check_installed, make_engine
 from kaja.errors import Stopped, UserError
 from kaja.files import write_json, write_jsonl, write_text
-from kaja.judging import JudgeOptions, look_at_canaries, open_judge
+from kaja.judging import JudgeOptions, check_apart, look_at_canaries, open_judge
 from kaja.reward import Judge, JudgeFailed
 from kaja.rounds import Copies, RoundLog
 from kaja.synthesis import Round, Settings, Synthesis
@@ -154,6 +154,8 @@ def main(config: Config) -> None:
     output_dir = Path(config.output_dir)
 
     if config.min_judge_score and from_main(desk is not None and desk.synthesis.plan().remains, ranks):
+        if ranks.device.type == "cuda" and config.engine == "vllm":
+            check_apart(config.judge, ranks)
         server = {"gpu_memory_utilization": JUDGE_MEMORY} if shares_gpu(config, ranks) else None
         with open_judge(config.judge, config.engine, output_dir, ranks, server) as judge:
             if ranks.is_main:

@@ -153,7 +153,10 @@ class Teacher:
                 verdicts = judged.result()
         else:
             replies, verdicts = self.replies(requests), self.judge.judge(examples, answers)
-        verdicts = settle(self.judge, examples, answers, verdicts, self.max_judge_failures, self.ranks)
+        verdicts = settle(
+            self.judge, examples, answers, verdicts, self.max_judge_failures, self.ranks,
+            out_of=self.reader.settings.batch_size,  # the last rounds are small: one failure must not end the run
+        )  # fmt: skip
         return replies, gather_shares(verdicts, self.ranks)
 
     def __enter__(self) -> "Teacher":

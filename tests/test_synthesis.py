@@ -515,6 +515,21 @@ def test_only_pairs_that_the_judge_likes_are_kept(chat: Chat, concurrent: bool) 
     assert again.outcomes == run.outcomes
 
 
+def test_one_failed_verdict_in_a_small_round_is_no_reason_to_stop(chat: Chat) -> None:
+    """The limit is of a whole batch: 1 of 24, not 1 of the few pairs of the last rounds."""
+
+    class Unsure(Pattern):
+        sizes: list[int] = []
+
+        def judge(self, examples: list[Example], completions: list[str]) -> list[Verdict]:
+            self.sizes.append(len(examples))
+            return [Verdict(None, "empty"), *(Verdict(5.0) for _ in examples[1:])]
+
+    settings = replace(SETTINGS, min_judge_score=4.0)
+    run = Run(chat, settings, judge=Unsure(concurrent=True), max_judge_failures=0.05).to_the_end()
+    assert run.synthesis.pairs == 60 and 0 < min(Unsure.sizes) < 20  # of which 1 is more than 5%
+
+
 # ---------------------------------------------------------------------------------------------------
 # What does not fit
 # ---------------------------------------------------------------------------------------------------
