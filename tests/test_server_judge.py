@@ -68,7 +68,7 @@ def next_token(text: str, *top: tuple[str, float]) -> Reply:
     return answer(completion(choice(text) | {"logprobs": {"content": [{"token": text, "top_logprobs": spellings}]}}))
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "did not come true in time"
@@ -218,7 +218,7 @@ def test_an_answer_that_is_not_whole_in_time_is_a_timeout(reply: Reply) -> None:
     with BadServer([reply]) as server:
         start = time.monotonic()
         verdict = ask(server, timeout=0.2, retries=1)
-        assert 0.4 <= time.monotonic() - start < 2
+        assert 0.4 <= time.monotonic() - start < 10
         assert (verdict.score, verdict.cause, verdict.text) == (None, TIMEOUT, "no answer within 0.2 s")
         assert (len(server.bodies), verdict.cost.tries) == (2, 2)
         assert verdict.cost.seconds >= 0.4
@@ -369,8 +369,7 @@ def test_equal_queries_of_calls_at_the_same_time_are_asked_once_and_paid_once() 
     with BadServer(by_number(lambda number: after(gate, say(str(number))))) as server:
         with judging(server, concurrency=4) as judge, ThreadPoolExecutor(6) as pool:
             calls = [pool.submit(judge.judge, *numbered(3)) for _ in range(6)]
-            wait_until(lambda: server.in_flight == 3)
-            time.sleep(0.05)
+            wait_until(lambda: sum(request.callers for request in list(judge.in_flight.values())) == 18)
             gate.set()
             verdicts = [call.result() for call in calls]
             assert len(server.bodies) == 3
@@ -387,9 +386,9 @@ def test_equal_queries_that_wait_for_the_same_slot_are_asked_once() -> None:
             calls = [pool.submit(judge.judge, *numbered(2))]
             wait_until(lambda: server.in_flight == 1)
             calls += [pool.submit(judge.judge, [DOG], ["回答<1>"]) for _ in range(3)]
-            time.sleep(0.05)
+            wait_until(lambda: sum(request.callers for request in list(judge.in_flight.values())) == 5)
             gate.set()
-            assert [verdict.score for call in calls for verdict in call.result(5)] == [2.0] * 5
+            assert [verdict.score for call in calls for verdict in call.result(30)] == [2.0] * 5
     assert [number_in(body) for body in server.bodies] == [0, 1]
 
 
@@ -403,15 +402,15 @@ def test_completions_of_a_question_are_asked_next_to_each_other() -> None:
 def test_retry_after_pauses_everybody() -> None:
     def script(body: dict[str, Any]) -> Reply:
         first_of_3 = number_in(body) == 3 and len([b for b in server.bodies if number_in(b) == 3]) == 1
-        return status(429, "slow down", Retry_After="0.8") if first_of_3 else after(0.02, say("1"))
+        return status(429, "slow down", Retry_After="2") if first_of_3 else after(0.02, say("1"))
 
     with BadServer(script) as server, judging(server, concurrency=4) as judge:
         verdicts = judge.judge(*numbered(40))
     assert [verdict.score for verdict in verdicts] == [1.0] * 40
     assert [verdict.cost.tries for verdict in verdicts] == [1] * 3 + [2] + [1] * 36
     told = server.times[3]
-    assert not [t for t in server.times if told + 0.4 < t < told + 0.8]
-    assert len([t for t in server.times if t >= told + 0.8]) >= 30
+    assert not [t for t in server.times if told + 1 < t < told + 2]
+    assert len([t for t in server.times if t >= told + 2]) >= 30
 
 
 def test_without_retry_after_only_the_one_that_was_told_waits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,12 +418,12 @@ def test_without_retry_after_only_the_one_that_was_told_waits(monkeypatch: pytes
         first_of_0 = number_in(body) == 0 and len([b for b in server.bodies if number_in(b) == 0]) == 1
         return status(429) if first_of_0 else say("1")
 
-    with BadServer(script) as server, judging(server, concurrency=2, backoff=0.6) as judge:
+    with BadServer(script) as server, judging(server, concurrency=2, backoff=2.0) as judge:
         monkeypatch.setattr(judge.jitter, "uniform", lambda low, high: high)
         judge.judge(*numbered(20))
     assert [number_in(body) for body in server.bodies][-1] == 0
-    assert server.times[-1] - server.times[0] >= 0.6
-    assert server.times[-2] - server.times[0] < 0.6
+    assert server.times[-1] - server.times[0] >= 2.0
+    assert server.times[-2] - server.times[0] < 2.0
 
 
 def test_pauses_double_and_have_full_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -547,7 +546,7 @@ def test_a_server_that_can_do_everything_passes_silently(capsys: pytest.CaptureF
 @pytest.mark.parametrize("models", [status(404), status(500), respond(200, b"<html>"), answer([]), hang()])
 def test_a_server_without_a_list_of_models_passes(models: Reply) -> None:
     with BadServer([say("3")], models) as server:
-        probe(server, timeout=0.3)
+        probe(server, timeout=2.0)
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_ends_while_the_server_is_still_starting(guard: Callable[..., Guarded]) 
     wait_until(lambda: guarded.ask("/") == 200)
     began = time.monotonic()
     assert guarded.dismiss() == 0
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 4.5  # a probe may take 5
     assert group_is_gone(guarded.lives()[0])
 
 
@@ -156,17 +156,17 @@ def test_a_server_that_is_not_healthy_in_time(guard: Callable[..., Guarded]) -> 
 
 @pytest.mark.slow
 def test_a_short_illness_is_forgiven_a_long_one_is_not(guard: Callable[..., Guarded]) -> None:
-    guarded = guard(failing=2.5)
+    guarded = guard(failing=4)
     guarded.healthy()
     guarded.ask("/status/500")
     time.sleep(1)
     guarded.ask("/status/200")
-    time.sleep(2.5)
+    time.sleep(4)
     assert len(guarded.lives()) == 1
     guarded.ask("/status/500")
     guarded.healthy()
     assert len(guarded.lives()) == 2 and group_is_gone(guarded.lives()[0])
-    assert "the server has not answered /health for 2.5 s; starting it once more" in guarded.said()
+    assert "the server has not answered /health for 4 s; starting it once more" in guarded.said()
 
 
 def test_a_server_that_ignores_sigterm_is_killed(guard: Callable[..., Guarded]) -> None:
@@ -174,7 +174,7 @@ def test_a_server_that_ignores_sigterm_is_killed(guard: Callable[..., Guarded]) 
     guarded.healthy()
     began = time.monotonic()
     assert guarded.dismiss() == 0
-    assert 0.5 < time.monotonic() - began < 5
+    assert 0.5 < time.monotonic() - began < 9
     assert group_is_gone(guarded.lives()[0])
 
 
