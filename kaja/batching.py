@@ -7,7 +7,7 @@ step, and a resumed run sees exactly what an uninterrupted one would.
 import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 import numpy as np
@@ -28,13 +28,14 @@ class Batch:
     input_ids: Tensor  # (T,) int64
     labels: Tensor  # (T,) int64
     completion_mask: Tensor  # (T,) bool, True = labels[t] is trained on
-    positions: Tensor  # (T,) int64, from 0 in each sequence
+    positions: Tensor  # (T,) int64, from 0 in each sequence that goes on from none
     cu_seqlens: Tensor  # (B + 1,) int32
     sequence_ids: Tensor  # (T,) int64, 0 .. B - 1
+    prefixes: Tensor | None = None  # (B,) int64, the sequence that each one goes on from, -1: none; see pack_groups
 
     def to(self, device: torch.device) -> "Batch":
-        moved = (getattr(self, field.name).to(device, non_blocking=True) for field in fields(self))
-        return Batch(*moved)
+        tensors = {field.name: tensor for field in fields(self) if (tensor := getattr(self, field.name)) is not None}
+        return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 def pack(sequences: Sequence[TokenSequence]) -> Batch:
@@ -51,6 +52,32 @@ def pack(sequences: Sequence[TokenSequence]) -> Batch:
         cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(torch.int32),
         sequence_ids=torch.repeat_interleave(torch.arange(len(sequences)), lengths),
     )
+
+
+def pack_groups(groups: Sequence[tuple[list[int], list[list[int]]]]) -> Batch:
+    """Lay (prompt, its completions) end to end, each prompt once: what is computed for it serves all its completions.
+
+    A prompt of p tokens is a sequence of p - 1 positions, not trained on. A completion of n tokens is one of n, all
+    trained on: it begins at position p - 1 with the prompt's last token, whose label is the completion's first, and
+    goes on from the prompt's sequence (`prefixes`): it sees that, and no other completion. So log-probs and
+    gradients are those of `pack` with the prompt before each completion.
+    """
+    sequences: list[TokenSequence] = []
+    prefixes, starts = [], []
+    for prompt, completions in groups:
+        prefix = -1
+        if len(prompt) > 1:
+            prefix = len(sequences)
+            sequences.append(TokenSequence(prompt, [False] * len(prompt)))
+            prefixes.append(-1)
+            starts.append(0)
+        for completion in completions:
+            sequences.append(TokenSequence([prompt[-1], *completion], [False] + [True] * len(completion)))
+            prefixes.append(prefix)
+            starts.append(len(prompt) - 1)
+    packed = pack(sequences)
+    positions = packed.positions + torch.tensor(starts)[packed.sequence_ids]
+    return replace(packed, positions=positions, prefixes=torch.tensor(prefixes))
 
 
 def filler(sequences: Sequence[TokenSequence]) -> TokenSequence:
@@ -96,7 +123,9 @@ def check_batch_size(global_batch_size: int, world_size: int) -> None:
         )
 
 
-def plan_streams(lengths: Sequence[int], world_size: int, max_tokens: int, width: int) -> list[list[list[int]]]:
+def plan_streams(
+    lengths: Sequence[int], world_size: int, max_tokens: int, width: int, computed: Sequence[int] | None = None
+) -> list[list[list[int]]]:
     """Divide sequences into streams, equally many for each rank and of nearly equal cost.
 
     Args:
@@ -105,6 +134,7 @@ def plan_streams(lengths: Sequence[int], world_size: int, max_tokens: int, width
         max_tokens: most tokens in one stream.
         width: hidden size; a sequence of n tokens costs n (1 + n / (12 width)): matrix products grow
             with n, attention with n^2, and they meet at n = 12 width.
+        computed: the n of that cost, where it is less than the length because tokens are shared (pack_groups).
 
     Returns:
         plan[rank][stream] = indices into `lengths`, each index exactly once. A stream is empty where there
@@ -112,11 +142,11 @@ def plan_streams(lengths: Sequence[int], world_size: int, max_tokens: int, width
     """
     if max(lengths) > max_tokens:
         raise ValueError(f"a sequence of {max(lengths)} tokens does not fit a stream of {max_tokens}")
-    costs = [length * (1 + length / (12 * width)) for length in lengths]
-    longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    costs = [n * (1 + n / (12 * width)) for n in computed or lengths]
+    costliest_first = sorted(range(len(lengths)), key=lambda index: (-costs[index], index))
     per_rank = max(1, -(-sum(lengths) // (max_tokens * world_size)))
     while True:
-        streams = _fill(longest_first, lengths, costs, per_rank * world_size, max_tokens)
+        streams = _fill(costliest_first, lengths, costs, per_rank * world_size, max_tokens)
         if streams is not None:
             return [streams[rank::world_size] for rank in range(world_size)]
         per_rank += 1

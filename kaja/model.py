@@ -141,6 +141,53 @@ def packed_attention(cu_seqlens: Tensor) -> Attend:
     return attend_cpu
 
 
+def prefix_attention(cu_seqlens: Tensor, prefixes: Tensor) -> Attend:
+    """packed_attention where a sequence may go on from another one, its prefix, and sees all of that too.
+
+    So it has more keys than queries: its prefix's and its own, of which its last position sees all.
+
+    Args:
+        cu_seqlens: (B + 1,) int32, as in packed_attention.
+        prefixes: (B,) int64, the sequence that each one goes on from, -1: none. A prefix goes on from none itself.
+    """
+    sizes, sources = cu_seqlens.diff().tolist(), prefixes.tolist()
+    if cu_seqlens.is_cuda:
+        places = torch.arange(sum(sizes), device=cu_seqlens.device).split(sizes)
+        seen = [own if source < 0 else torch.cat([places[source], own]) for source, own in zip(sources, places)]
+        key_sizes = [len(indices) for indices in seen]
+        indices, cu_keys = torch.cat(seen), F.pad(torch.tensor(key_sizes).cumsum(0), (1, 0)).to(cu_seqlens)
+
+        def attend_cuda(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            grouped = queries.shape[1] != keys.shape[1]
+            # Flash attention's causal window ends, for a sequence's last query, at its last key.
+            output = varlen_attn(
+                queries, keys[indices], values[indices], cu_seqlens, cu_keys, max(sizes), max(key_sizes),
+                window_size=(-1, 0), enable_gqa=grouped,
+            )  # fmt: skip
+            return cast(Tensor, output)
+
+        return attend_cuda
+
+    def sees(size: int, source: int) -> Tensor:
+        shared = sizes[source] if source >= 0 else 0
+        return torch.ones(size, shared + size, dtype=torch.bool).tril(shared)  # (queries, keys)
+
+    masks = [sees(size, source) for size, source in zip(sizes, sources)]
+
+    def attend_cpu(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        grouped = queries.shape[1] != keys.shape[1]
+        # split, not slices: the gradient of a slice is as long as the stream.
+        q, k, v = (x.transpose(0, 1)[None].split(sizes, 2) for x in (queries, keys, values))
+        outputs = []
+        for own, (source, mask) in enumerate(zip(sources, masks)):
+            seen = [source, own] if source >= 0 else [own]
+            its_keys, its_values = torch.cat([k[i] for i in seen], 2), torch.cat([v[i] for i in seen], 2)
+            outputs.append(F.scaled_dot_product_attention(q[own], its_keys, its_values, mask, enable_gqa=grouped))
+        return torch.cat(outputs, dim=2)[0].transpose(0, 1)
+
+    return attend_cpu
+
+
 # ---------------------------------------------------------------------------------------------------
 # Rotary position embedding
 # ---------------------------------------------------------------------------------------------------
@@ -285,21 +332,24 @@ class CausalLM(nn.Module):
         with_entropy: bool = False,
         top_p: float = 1.0,
         top_k: int = 0,
+        prefixes: Tensor | None = None,
     ) -> Any:
         """One packed stream through the model.
 
         Args:
-            input_ids, positions: (T,) int64; positions start at 0 in each sequence.
+            input_ids, positions: (T,) int64; positions start at 0 in each sequence that goes on from none.
             cu_seqlens: (B + 1,) int32 borders of the sequences.
             labels: (T,) the token after each position; None asks for hidden states.
             completion_mask: (T,) bool; where False no log-prob is computed (all are, if None).
             temperature, with_entropy, top_p, top_k: see kaja.loss.token_log_probs.
+            prefixes: (B,) the sequence that each one goes on from; None: none does. See prefix_attention.
 
         Returns:
             hidden (T, D) without labels; else (log_probs (T,), entropy (T,) or None), 0 where the mask is
             False. The head is applied here, inside forward, because only there FSDP has its weight whole.
         """
-        hidden = self.model(input_ids, positions, packed_attention(cu_seqlens))
+        attend = packed_attention(cu_seqlens) if prefixes is None else prefix_attention(cu_seqlens, prefixes)
+        hidden = self.model(input_ids, positions, attend)
         if labels is None:
             return hidden
         sampling: dict[str, Any] = {"with_entropy": with_entropy, "top_p": top_p, "top_k": top_k}

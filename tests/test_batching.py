@@ -8,7 +8,7 @@ import torch
 
 from kaja.batching import (
     batch_indices, check_batch_size, cut_into_chunks, filler, fingerprint, fresh_indices, mixed_indices, pack,
-    plan_streams, steps_per_epoch, stream_quotas,
+    pack_groups, plan_streams, steps_per_epoch, stream_quotas,
 )  # fmt: skip
 from kaja.chat import TokenSequence
 from kaja.errors import UserError
@@ -28,6 +28,21 @@ def test_pack_shifts_once_and_marks_the_borders() -> None:
 def test_a_lone_token_has_nothing_to_predict() -> None:
     with pytest.raises(ValueError, match="fewer than two tokens"):
         pack([TokenSequence([1, 2], [False, True]), TokenSequence([1], [False])])
+
+
+def test_a_prompt_is_laid_once_before_its_completions() -> None:
+    batch = pack_groups([([1, 5, 6], [[7, 8, 2], [9]]), ([3], [[4, 2], [2]])])
+    # The prompts but for their last tokens, which begin the completions.
+    assert batch.input_ids.tolist() == [1, 5, *[6, 7, 8], 6, *[3, 4], 3]
+    assert batch.labels.tolist() == [5, 6, *[7, 8, 2], 9, *[4, 2], 2]
+    assert batch.positions.tolist() == [0, 1, *[2, 3, 4], 2, *[0, 1], 0]
+    assert batch.completion_mask.tolist() == [False, False] + [True] * 7
+    assert batch.sequence_ids.tolist() == [0, 0, 1, 1, 1, 2, 3, 3, 4]
+    assert batch.cu_seqlens.tolist() == [0, 2, 5, 6, 8, 9] and batch.cu_seqlens.dtype == torch.int32
+    assert batch.prefixes is not None and batch.prefixes.tolist() == [-1, 0, 0, -1, -1]  # a lone token is no prefix
+    moved = batch.to(torch.device("cpu"))
+    assert moved.prefixes is not None and moved.prefixes.tolist() == [-1, 0, 0, -1, -1]
+    assert pack([TokenSequence([1, 2], [False, True])]).to(torch.device("cpu")).prefixes is None
 
 
 def test_filler_trains_nothing() -> None:
@@ -55,6 +70,13 @@ def test_ranks_get_nearly_equal_cost() -> None:
     plan = plan_streams(lengths, 8, max_tokens=4096, width=256)
     costs = [sum(n * (1 + n / (12 * 256)) for stream in rank for n in (lengths[i] for i in stream)) for rank in plan]
     assert max(costs) / min(costs) < 1.05
+
+
+def test_shared_tokens_take_room_but_cost_nothing() -> None:
+    # All four are 60 long, but three of them share 50 tokens: together these cost as much as the other.
+    lengths, computed = [60, 60, 60, 60], [10, 10, 10, 30]
+    assert plan_streams(lengths, 2, max_tokens=180, width=10**9, computed=computed) == [[[3]], [[0, 1, 2]]]
+    assert [len(rank) for rank in plan_streams(lengths, 1, max_tokens=120, width=64, computed=computed)] == [2]
 
 
 def test_streams_are_as_few_as_tokens_allow() -> None:

@@ -20,10 +20,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from kaja.batching import Batch
+from kaja.batching import pack as pack_tokens
+from kaja.batching import pack_groups
+from kaja.chat import TokenSequence
 from kaja.checkpoint import load_model
 from kaja.errors import UserError
 from kaja.loss import policy_loss, sft_loss
-from kaja.model import CausalLM, ModelConfig, init_weights, packed_attention
+from kaja.model import CausalLM, ModelConfig, init_weights, packed_attention, prefix_attention
 
 VOCABULARY = 61
 TINY = {
@@ -296,6 +300,103 @@ def test_masked_positions_are_zero_and_cost_no_gradient() -> None:
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
 
 
+# --------------------------------------------------------------------------- prompts that completions share
+
+
+def random_groups() -> list[tuple[list[int], list[list[int]]]]:
+    """Prompts of 9, 1, 20 and 2 tokens with 3, 2, 1 and 2 completions."""
+    generator = torch.Generator().manual_seed(5)
+
+    def tokens(length: int) -> list[int]:
+        return torch.randint(VOCABULARY, (length,), generator=generator).tolist()
+
+    sizes = {9: (3, 7, 1), 1: (4, 2), 20: (5,), 2: (1, 1)}
+    return [(tokens(prompt), [tokens(length) for length in lengths]) for prompt, lengths in sizes.items()]
+
+
+def trained_log_probs(model: CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of the completions' tokens, in order."""
+    log_probs, entropy = model(
+        batch.input_ids, batch.positions, batch.cu_seqlens, batch.labels, batch.completion_mask,
+        with_entropy=True, prefixes=batch.prefixes,
+    )  # fmt: skip
+    return log_probs[batch.completion_mask], entropy[batch.completion_mask]
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-6), (torch.float64, 1e-13)])
+def test_a_shared_prompt_changes_neither_log_probs_nor_gradients(
+    models: tuple[PreTrainedModel, CausalLM], dtype: torch.dtype, tolerance: float
+) -> None:
+    model = CausalLM(models[1].config).to(dtype)
+    model.load_state_dict(models[1].state_dict())
+    groups = random_groups()
+    plain = pack_tokens([
+        TokenSequence(prompt + completion, [False] * len(prompt) + [True] * len(completion))
+        for prompt, completions in groups for completion in completions
+    ])  # fmt: skip
+    shared = pack_groups(groups)
+    assert len(shared.input_ids) == 8 + 0 + 19 + 1 + 24 and len(plain.input_ids) == 8 * 3 + 0 + 19 + 1 * 2 + 24
+    weights = torch.randn(2, 24, generator=torch.Generator().manual_seed(6)).to(dtype)
+    outputs, gradients = [], []
+    for batch in (plain, shared):
+        model.zero_grad()
+        log_probs, entropy = trained_log_probs(model, batch)
+        (weights[0] @ log_probs + weights[1] @ entropy).backward()
+        outputs.append(torch.stack([log_probs, entropy]).detach())
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0.0, atol=10 * tolerance)
+    largest = max(gradient.norm().item() for gradient in gradients[0].values())
+    for name, expected in gradients[0].items():
+        error = (gradients[1][name] - expected).norm().item()
+        assert error <= tolerance * (10 * expected.norm().item() + largest), name
+
+
+def test_a_completion_does_not_see_the_others_of_its_prompt() -> None:
+    model, groups = tiny_model(), random_groups()
+    with torch.no_grad():
+        before, _ = trained_log_probs(model, pack_groups(groups))
+        groups[0][1][1][2] = (groups[0][1][1][2] + 1) % VOCABULARY  # of the second completion, tokens 3 to 9 of all
+        after, _ = trained_log_probs(model, pack_groups(groups))
+        changed = (before - after).abs() > 1e-6
+        assert changed.nonzero().flatten().tolist() == [5, 6, 7, 8, 9]
+        groups[0][0][4] = (groups[0][0][4] + 1) % VOCABULARY
+        after, _ = trained_log_probs(model, pack_groups(groups))
+        assert ((before - after).abs() > 1e-6).nonzero().flatten().tolist() == list(range(11))  # all of this prompt
+
+
+def varlen_attn_as_documented(
+    queries: Tensor, keys: Tensor, values: Tensor, cu_queries: Tensor, cu_keys: Tensor, max_queries: int,
+    max_keys: int, *, window_size: tuple[int, int], enable_gqa: bool,
+) -> Tensor:  # fmt: skip
+    """Flash attention's contract: query i of n sees the keys up to i + m - n of m, where the window is (-1, 0)."""
+    assert window_size == (-1, 0) and enable_gqa == (queries.shape[1] != keys.shape[1])
+    assert cu_queries.dtype == cu_keys.dtype == torch.int32 and len(cu_queries) == len(cu_keys)
+    assert (cu_queries.diff().max(), cu_keys.diff().max()) == (max_queries, max_keys)
+    outputs = []
+    for number in range(len(cu_queries) - 1):
+        of_queries, of_keys = (slice(*cu[number : number + 2].tolist()) for cu in (cu_queries, cu_keys))
+        q, k, v = queries[of_queries], keys[of_keys], values[of_keys]
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        last_seen = torch.arange(len(q)) + len(k) - len(q)
+        hidden = torch.arange(len(k)) > last_seen[:, None]
+        scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[2] ** 0.5
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v))
+    return torch.cat(outputs)
+
+
+def test_the_gpus_way_to_share_prompts_gives_flash_attention_the_same_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = pack_groups(random_groups())
+    assert batch.prefixes is not None
+    inputs = torch.randn(len(batch.input_ids), 8, 8, dtype=torch.float64).split([4, 2, 2], dim=1)
+    expected = prefix_attention(batch.cu_seqlens, batch.prefixes)(0, *inputs)
+    monkeypatch.setattr("kaja.model.varlen_attn", varlen_attn_as_documented)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "is_cuda", True)
+        attend = prefix_attention(batch.cu_seqlens, batch.prefixes)
+    torch.testing.assert_close(attend(0, *inputs), expected, rtol=0.0, atol=1e-13)
+    assert attend.__name__ == "attend_cuda"
+
+
 # --------------------------------------------------------------------------- other attention strategies
 
 
@@ -357,6 +458,10 @@ def test_flash_attention_equals_sdpa() -> None:
     cu_seqlens = F.pad(torch.tensor(LENGTHS).cumsum(0), (1, 0)).int()
     expected = packed_attention(cu_seqlens)(0, queries.float(), keys.float(), values.float())
     actual = packed_attention(cu_seqlens.cuda())(0, queries.cuda(), keys.cuda(), values.cuda())
+    torch.testing.assert_close(actual.float().cpu(), expected, rtol=0.02, atol=0.02)
+    prefixes = torch.tensor([-1, -1, 0, 0])
+    expected = prefix_attention(cu_seqlens, prefixes)(0, queries.float(), keys.float(), values.float())
+    actual = prefix_attention(cu_seqlens.cuda(), prefixes.cuda())(0, queries.cuda(), keys.cuda(), values.cuda())
     torch.testing.assert_close(actual.float().cpu(), expected, rtol=0.02, atol=0.02)
 
 
