@@ -605,6 +605,7 @@ def log_probs_of(
     return model(
         stream.input_ids, stream.positions, stream.cu_seqlens, stream.labels, stream.completion_mask,
         temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, with_entropy=with_entropy,
+        prefixes=stream.prefixes,
     )  # fmt: skip
 
 
