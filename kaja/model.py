@@ -168,11 +168,10 @@ def prefix_attention(cu_seqlens: Tensor, prefixes: Tensor) -> Attend:
 
         return attend_cuda
 
-    def sees(size: int, source: int) -> Tensor:
-        shared = sizes[source] if source >= 0 else 0
-        return torch.ones(size, shared + size, dtype=torch.bool).tril(shared)  # (queries, keys)
-
-    masks = [sees(size, source) for size, source in zip(sizes, sources)]
+    masks = [  # (queries, keys), True = seen; None: as in packed_attention
+        None if source < 0 else torch.ones(size, sizes[source] + size, dtype=torch.bool).tril(sizes[source])
+        for size, source in zip(sizes, sources)
+    ]
 
     def attend_cpu(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         grouped = queries.shape[1] != keys.shape[1]
@@ -180,9 +179,11 @@ def prefix_attention(cu_seqlens: Tensor, prefixes: Tensor) -> Attend:
         q, k, v = (x.transpose(0, 1)[None].split(sizes, 2) for x in (queries, keys, values))
         outputs = []
         for own, (source, mask) in enumerate(zip(sources, masks)):
-            seen = [source, own] if source >= 0 else [own]
-            its_keys, its_values = torch.cat([k[i] for i in seen], 2), torch.cat([v[i] for i in seen], 2)
-            outputs.append(F.scaled_dot_product_attention(q[own], its_keys, its_values, mask, enable_gqa=grouped))
+            its_keys = k[own] if mask is None else torch.cat([k[source], k[own]], dim=2)
+            its_values = v[own] if mask is None else torch.cat([v[source], v[own]], dim=2)
+            outputs.append(F.scaled_dot_product_attention(
+                q[own], its_keys, its_values, mask, is_causal=mask is None, enable_gqa=grouped
+            ))  # fmt: skip
         return torch.cat(outputs, dim=2)[0].transpose(0, 1)
 
     return attend_cpu

@@ -19,6 +19,7 @@ from judge_fixtures import make_judge_folder
 from safetensors.torch import load_file
 
 import train_grpo
+from kaja.batching import pack
 from kaja.checkpoint import folder_fingerprint
 from kaja.data import Example
 from kaja.demo_judge import RuleJudge
@@ -270,6 +271,41 @@ def test_canaries_are_asked_every_so_many_steps(tmp_path: Path, model_folder: Pa
     ]  # fmt: skip
     assert rows[0]["judge/share_at_5"] == rows[0]["judge/score_5"]
     assert sum(rows[0][f"judge/score_{points}"] for points in range(6)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("case", ["plain", "truncated dropped", "failed verdicts", "resample"])
+def test_a_prompt_computed_once_trains_like_one_for_each_completion(
+    tmp_path: Path, model_folder: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """Reference, old and new log-probs of whole groups and of what is left of them, against streams of one each."""
+    options: tuple[object, ...] = ("--max-steps", 1, "--updates-per-step", 2)
+    if case == "truncated dropped":
+        options += ("--max-completion-tokens", 60, "--truncated", "drop")
+    if case == "failed verdicts":
+        monkeypatch.setattr("kaja.judging.RuleJudge", failing_judge(lambda place: place % 3 == 0, concurrent=False))
+        options += ("--max-judge-failures", 0.5)
+    if case == "resample":
+        options += ("--resample", 3)
+    assert grpo(model_folder, data_file, tmp_path / "shared", *options).returncode == 0
+
+    def one_by_one(kept: list[tuple[train_grpo.Rollout, float]], *rest: object) -> list[train_grpo.MicroBatch]:
+        made = []
+        for rollout, advantage in kept:
+            stream = pack([rollout.sequence()])
+            sampled = torch.tensor([0.0] * (len(rollout.prompt_ids) - 1) + rollout.completion.log_probs)
+            made.append(train_grpo.MicroBatch(stream, torch.full((len(stream.labels),), advantage), sampled))
+        return made
+
+    monkeypatch.setattr(train_grpo, "micro_batches", one_by_one)
+    assert grpo(model_folder, data_file, tmp_path / "alone", *options).returncode == 0
+    (shared,), (alone,) = (metrics_of(tmp_path / run) for run in ("shared", "alone"))
+    assert shared["ratio_max"] > 1.0001  # the second update's
+    for metrics in (shared, alone):
+        metrics.pop("sync_error")
+    assert shared == pytest.approx(alone, rel=1e-5, abs=1e-6)
+    mine, theirs = (load_file(tmp_path / run / "hf/model.safetensors") for run in ("shared", "alone"))
+    for name, tensor in theirs.items():  # a hundredth of Adam's first step, 1e-3 for each number
+        assert (mine[name] - tensor).norm() < 1e-5 * tensor.numel() ** 0.5, name
 
 
 @pytest.mark.gloo
