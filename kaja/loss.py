@@ -143,7 +143,10 @@ class _TokenLogProbs(torch.autograd.Function):
             total[rows] = total[rows] * rise.neg().exp() + exponentials.sum(dim=1)
             if gradients is not None:  # of the sum of these rows' log-probs: their totals are whole
                 grad_logits = exponentials.div_(-total[rows, None])
-                gradients.add(grad_logits.scatter_add_(1, column, torch.ones_like(grad_logits[:, :1])), rows, columns)
+                grad_logits.scatter_add_(1, column, is_here.to(grad_logits.dtype))
+                gradients.add(grad_logits, rows, columns)
+                del grad_logits
+            del logits, exponentials, dropped  # before the next tile is made
         log_total = total.log()
         entropy = None if weighted is None else log_total - weighted / total
         if gradients is None:
@@ -179,6 +182,7 @@ class _TokenLogProbs(torch.autograd.Function):
             column, is_here = _column_of(labels[rows], columns)
             grad_logits.scatter_add_(1, column, torch.where(is_here, upstream, 0.0))
             gradients.add(grad_logits, rows, columns)
+            del log_p, grad_logits, dropped  # before the next tile is made
         return *gradients.results(), *[None] * 9
 
 
@@ -200,10 +204,10 @@ class _Gradients:
         self.inputs, self.temperature = (hidden, weight), ctx.temperature
         wide = _dtype_of_sums(hidden)
         # Tiles of all rows add to each row of the weight's gradient only once: no sum that must be wider.
-        narrow = wide if ctx.tile[0] < len(hidden) else weight.dtype
+        of_weight = wide if ctx.tile[0] < len(hidden) else weight.dtype
         self.totals = [
             torch.zeros_like(tensor, dtype=dtype) if asked else None
-            for tensor, dtype, asked in zip(self.inputs, (wide, narrow), ctx.needs_input_grad)
+            for tensor, dtype, asked in zip(self.inputs, (wide, of_weight), ctx.needs_input_grad)
         ]
 
     def add(self, grad_logits: Tensor, rows: slice, columns: slice) -> None:
@@ -221,7 +225,7 @@ class _Gradients:
 
     def results(self) -> list[Tensor | None]:
         """In the dtypes of the inputs."""
-        return [None if sum is None else sum.to(tensor.dtype) for sum, tensor in zip(self.totals, self.inputs)]
+        return [None if total is None else total.to(tensor.dtype) for total, tensor in zip(self.totals, self.inputs)]
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -232,8 +236,10 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(_wide_product(left, right))
 
 
-def _scale_gradients(gradients: Sequence[Tensor | None], grad_log_probs: Tensor) -> list[Tensor | None]:
+def _scale_gradients(gradients: Sequence[Tensor | None], grad_log_probs: Tensor | None) -> list[Tensor | None]:
     """Those of the log-probs' sum -> of a loss whose gradient at each log-prob is the same; in place."""
+    if grad_log_probs is None:
+        return [None, None]
     if len(grad_log_probs) == 0:
         return list(gradients)
     if grad_log_probs.min() < grad_log_probs.max():  # NaN is let through: whoever looks at the gradients shall see it

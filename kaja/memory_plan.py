@@ -184,10 +184,9 @@ def _moments(config: ModelConfig, settings: Settings) -> Iterator[tuple[int, int
     # Head: norm's input and trained tokens' states; the weight's gradient, the states' in float32, a tile's logits in
     # float32 and bfloat16, and a product that is added to one of the gradients. The last block is on its way.
     columns = min(HEAD_COLUMNS, vocabulary)
-    tile = tokens * columns
+    tile = tokens * columns * (FLOAT32 + BFLOAT16)
     product = FLOAT32 * width * max(tokens, columns)
-    at_work = max((FLOAT32 + BFLOAT16) * tile + product, 2 * FLOAT32 * tile)  # or the next tile's logits are made
-    buffers = head_gradient + FLOAT32 * tokens * width + at_work
+    buffers = head_gradient + FLOAT32 * tokens * width + tile + product
     yield BFLOAT16 * root + ahead, layers * kept + 2 * hidden, buffers
 
     # MLP of a block: all that its forward keeps (computed again, with checkpointing), but the MLP's product freed;
@@ -224,7 +223,7 @@ def forward_memory(config: ModelConfig, shards: int, tokens: int) -> tuple[int, 
     rotating = max(4 * query_size + 2 * key_size, 2 * query_size + 5 * key_size)
     in_attention = 2 * config.hidden_size + rotating
     cosines = 2 * config.head_dim
-    logits = 2 * FLOAT32 * tokens * min(HEAD_COLUMNS, config.vocab_size)
+    logits = FLOAT32 * tokens * min(HEAD_COLUMNS, config.vocab_size)
     return max(
         ((root + block) * (2 if sharded else 1), BFLOAT16 * tokens * (config.hidden_size + cosines), 0),
         (root + block + sharded * block + ahead, BFLOAT16 * tokens * (max(in_mlp, in_attention) + cosines), 0),

@@ -194,6 +194,19 @@ def test_bfloat16_inputs_give_float32_log_probs() -> None:
     torch.testing.assert_close(log_probs.double(), expected, rtol=0.02, atol=0.05)
 
 
+@pytest.mark.parametrize("options", [{"num_columns": 2}, {"num_rows": 1, "equal_gradients": True}])
+def test_bfloat16_gradients_are_summed_in_float32(options: dict[str, Any]) -> None:
+    # 400 terms: rounded to bfloat16 one after the other, they would be off by several percent.
+    hidden, weight, labels = random_case(400, width=4, vocabulary=6)
+    h, w = hidden.to(torch.bfloat16).requires_grad_(), weight.to(torch.bfloat16).requires_grad_()
+    token_log_probs(h, w, labels, **options)[0].sum().backward()
+    h64, w64 = h.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    full_logits_way(h64, w64, labels, 1.0)[0].sum().backward()
+    for actual, expected in ((h.grad, h64.grad), (w.grad, w64.grad)):
+        assert actual is not None and expected is not None
+        torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=1e-5)
+
+
 def kept_of(logits: np.ndarray, top_p: float, top_k: int) -> np.ndarray:
     """Which of (V,) logits top-k and top-p keep: a token stays while those more likely hold less than top_p."""
     order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
