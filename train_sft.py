@@ -266,7 +266,10 @@ def train(
 def loss_of(stream: list[TokenSequence], model: CausalLM, num_trained: int, ranks: Ranks) -> torch.Tensor:
     """This stream's part of the mean negative log-prob of the batch's `num_trained` tokens."""
     packed = pack(stream).to(ranks.device)
-    log_probs, _ = model(packed.input_ids, packed.positions, packed.cu_seqlens, packed.labels, packed.completion_mask)
+    log_probs, _ = model(
+        packed.input_ids, packed.positions, packed.cu_seqlens, packed.labels, packed.completion_mask,
+        equal_gradients=True,
+    )  # fmt: skip
     return sft_loss(log_probs, packed.completion_mask, denominator=num_trained)
 
 

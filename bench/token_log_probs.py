@@ -6,7 +6,7 @@
 3. Time is the median of the rounds; the variants alternate, so that a busy machine slows both alike.
 
     OMP_NUM_THREADS=1 python bench/token_log_probs.py
-    python bench/token_log_probs.py --chunk-sizes 64 256 1024 --entropy --rounds 5
+    python bench/token_log_probs.py --columns 512 2048 8192 --entropy --rounds 5
 
 Targets (float32, D 512, T 2,048, V 99,584): memory below 1/5 of the full-logits way, time at most 1.10 times.
 """
@@ -27,7 +27,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kaja.loss import token_log_probs  # noqa: E402
 
-FULL = "full logits"
+FULL, EQUAL = "full logits", "equal gradients"  # the latter is what SFT takes on a CPU
 MIB = 2**20
 
 
@@ -41,13 +41,14 @@ def full_logits_way(
 
 
 def forward_backward(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int | None, entropy: bool
+    hidden: Tensor, weight: Tensor, labels: Tensor, variant: str, entropy: bool
 ) -> None:
-    if chunk_size is None:
+    if variant == FULL:
         log_probs, entropies = full_logits_way(hidden, weight, labels, entropy)
     else:
+        sizes = {} if variant == EQUAL else {"num_columns": int(variant.split()[0])}
         log_probs, entropies = token_log_probs(
-            hidden, weight, labels, chunk_size=chunk_size, with_entropy=entropy
+            hidden, weight, labels, with_entropy=entropy, equal_gradients=variant == EQUAL, **sizes
         )
     loss = -log_probs.mean() if entropies is None else -(log_probs + 0.01 * entropies).mean()
     loss.backward()
@@ -61,7 +62,7 @@ def resident_bytes(field: str) -> int:
     return int(match.group(1)) * 1024
 
 
-def measure(args: argparse.Namespace, chunk_size: int | None) -> dict[str, float]:
+def measure(args: argparse.Namespace, variant: str) -> dict[str, float]:
     """In a fresh process: the time of one forward and backward, and its peak memory in MiB."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(args.tokens, args.width, generator=generator)
@@ -73,7 +74,7 @@ def measure(args: argparse.Namespace, chunk_size: int | None) -> dict[str, float
         start_bytes = resident_bytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
         start = time.perf_counter()
-        forward_backward(*inputs, labels.clamp(max=rows - 1), chunk_size, args.entropy)
+        forward_backward(*inputs, labels.clamp(max=rows - 1), variant, args.entropy)
         seconds = time.perf_counter() - start
     gradients = sum(tensor.grad.nbytes for tensor in inputs if tensor.grad is not None)
     peak = resident_bytes("VmHWM") - start_bytes - gradients
@@ -94,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=99584)
-    parser.add_argument("--chunk-sizes", type=int, nargs="+", default=[256], help="chunk sizes to try")
+    parser.add_argument("--columns", type=int, nargs="+", default=[2048], help="num_columns to try")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each variant")
     parser.add_argument("--entropy", action="store_true", help="ask for the entropy as well")
     parser.add_argument("--variant", help=argparse.SUPPRESS)  # set for the child processes
@@ -104,10 +105,11 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     if args.variant is not None:
-        chunk_size = None if args.variant == FULL else int(args.variant.removeprefix("chunks of "))
-        print(json.dumps(measure(args, chunk_size)))
+        print(json.dumps(measure(args, args.variant)))
         return
-    variants = [FULL] + [f"chunks of {size}" for size in args.chunk_sizes]
+    variants = [FULL, *(f"{size} columns" for size in args.columns)]
+    if not args.entropy:
+        variants.append(EQUAL)
     results: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
     for _ in range(args.rounds):
         for variant in variants:

@@ -8,7 +8,7 @@ Read in this order: token_log_probs -> sft_loss -> group_advantages -> kl_estima
 All of it is pure tensor arithmetic: no files, no network, no torch.distributed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -30,10 +30,12 @@ def token_log_probs(
     weight: Tensor,
     labels: Tensor,
     temperature: float = 1.0,
-    chunk_size: int = 256,
     with_entropy: bool = False,
     top_p: float = 1.0,
     top_k: int = 0,
+    equal_gradients: bool = False,
+    num_rows: int = 256,
+    num_columns: int = 2048,
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax(hidden @ weight.T / temperature) at `labels`, and optionally the entropy.
 
@@ -43,30 +45,39 @@ def token_log_probs(
     engine and trainer round differently, so a token sampled at K's border may lie outside of the trainer's.
     Its log-prob is then finite, and at most that of every other token kept.
 
+    The (T, V) logits are never there at once. They are worked on in tiles of (T, num_columns), with a running maximum
+    and sum for each row, and the backward computes each tile again: four matrix products in all, and each row of the
+    weight's gradient is written once. Where whole rows are needed, tiles are (num_rows, V): for top-p and top-k, and
+    for equal_gradients.
+
     Args:
         hidden: (T, D) states after the final norm.
         weight: (V, D) output embedding.
         labels: (T,) int64 in [0, V).
         temperature: > 0; logits are divided by it.
-        chunk_size: positions worked on at a time. The logits of one chunk (chunk_size, V) are the
-            largest tensor ever made; the backward computes them again instead of keeping them.
-        with_entropy: also return the entropy of each softmax; costs one more chunk of memory.
-        top_p: in (0, 1]; 1 is off. Sorts the logits in the forward: five more chunks of memory.
+        with_entropy: also return the entropy of each softmax; costs one more tile of memory.
+        top_p: in (0, 1]; 1 is off. Sorts the logits in the forward: five more tiles of memory.
         top_k: 0 is off.
+        equal_gradients: the caller's word that the loss depends on the sum of the log-probs alone, as SFT's does. On a
+            CPU the gradients of that sum are then computed in the forward, from logits that are there: three matrix
+            products instead of four. Not with_entropy, and not on a GPU, which would wait for the memory: each tile
+            reads and writes the weight's whole gradient.
+        num_rows, num_columns: sizes of the tiles; a tile is the largest tensor ever made.
 
     Returns:
         log_probs (T,) and entropy (T,) or None: float32, or float64 for float64 inputs. bfloat16
         inputs are multiplied with float32 results: rounded logits would be useless in ratios.
-        Both carry gradients to `hidden` and `weight`.
+        Both carry gradients to `hidden` and `weight`, which are summed in float32, too.
 
     Gradients, with K a constant (p_v = 0 outside of it):
         d log p_label / d z_v = [v = label] - p_v        dH / d z_v = -p_v (log p_v + H)
 
     Raises:
-        ValueError: temperature or chunk_size not positive, top_p or top_k out of range, or shapes that do not fit.
+        ValueError: temperature, num_rows or num_columns not positive, top_p or top_k out of range, or shapes that do
+            not fit; in the backward, log-probs that get different gradients in spite of equal_gradients.
     """
-    if not temperature > 0 or chunk_size < 1:
-        raise ValueError(f"temperature {temperature} and chunk_size {chunk_size} must be positive")
+    if not temperature > 0 or min(num_rows, num_columns) < 1:
+        raise ValueError(f"temperature {temperature}, num_rows {num_rows}, num_columns {num_columns}: expected > 0")
     if not 0 < top_p <= 1 or top_k < 0:
         raise ValueError(f"top_p {top_p} and top_k {top_k}: expected 0 < top_p <= 1 and top_k >= 0")
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
@@ -74,8 +85,9 @@ def token_log_probs(
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}: "
             f"expected (T, D), (V, D), (T,)"
         )
+    in_forward = equal_gradients and not with_entropy and not hidden.is_cuda and torch.is_grad_enabled()
     log_probs, entropy = _TokenLogProbs.apply(
-        hidden, weight, labels, temperature, chunk_size, with_entropy, top_p, top_k
+        hidden, weight, labels, temperature, with_entropy, top_p, top_k, in_forward, num_rows, num_columns
     )
     return log_probs, entropy
 
@@ -88,54 +100,71 @@ class _TokenLogProbs(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         temperature: float,
-        chunk_size: int,
         with_entropy: bool,
         top_p: float,
         top_k: int,
+        gradients_now: bool,
+        num_rows: int,
+        num_columns: int,
     ) -> tuple[Tensor, Tensor | None]:
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        log_probs = hidden.new_empty(len(labels), dtype=dtype)
-        log_normalizer = torch.empty_like(log_probs)
-        entropy = torch.empty_like(log_probs) if with_entropy else None
-        border = labels.new_empty(len(labels)) if top_p < 1 or 0 < top_k < len(weight) else None
-        for start in range(0, len(labels), chunk_size):
-            rows = slice(start, start + chunk_size)
-            logits = _scaled_logits(hidden[rows], weight, temperature)  # (C, V)
+        truncated = top_p < 1 or 0 < top_k < len(weight)
+        ctx.temperature, ctx.gradients_now = temperature, gradients_now
+        whole_rows = truncated or gradients_now
+        ctx.tile = (num_rows, len(weight)) if whole_rows else (max(1, len(labels)), num_columns)
+        ctx.set_materialize_grads(False)  # an entropy that is only looked at costs no gradient
+        border = torch.empty_like(labels) if truncated else None
+        gradients = _Gradients(ctx, hidden, weight) if gradients_now else None
+
+        label_logits = hidden.new_zeros(len(labels), dtype=_dtype_of_sums(hidden))
+        # Of the columns so far: the maximum, and the sums of exp(z - maximum) and of (z - maximum) exp(z - maximum).
+        highest = torch.full_like(label_logits, torch.finfo(label_logits.dtype).min)
+        total = torch.zeros_like(label_logits)
+        weighted = torch.zeros_like(label_logits) if with_entropy else None
+        for rows, columns, logits in _logit_tiles(hidden, weight, temperature, ctx.tile):
             dropped = None
             if border is not None:
                 border[rows] = _least_likely_kept(logits, top_p, top_k)
                 dropped = _less_likely(logits, border[rows], labels[rows])
                 logits.masked_fill_(dropped, -torch.inf)
-            label_logits = logits.gather(1, labels[rows, None]).squeeze(1)
-            highest = logits.amax(dim=1)
-            logits.sub_(highest[:, None])
-            if entropy is None:
-                total = logits.exp_().sum(dim=1)
+            column, is_here = _column_of(labels[rows], columns)
+            label_logits[rows] += torch.where(is_here, logits.gather(1, column), 0.0).squeeze(1)
+            higher = torch.maximum(highest[rows], logits.amax(dim=1))
+            rise = higher - highest[rows]
+            highest[rows] = higher
+            logits.sub_(higher[:, None])
+            if weighted is None:
+                exponentials = logits.exp_()
             else:
                 exponentials = logits.exp()
-                total = exponentials.sum(dim=1)
                 if dropped is not None:
                     logits.masked_fill_(dropped, 0.0)  # 0 * -inf is NaN
-                entropy[rows] = total.log() - exponentials.mul_(logits).sum(dim=1) / total
-            log_total = total.log()
-            log_normalizer[rows] = highest + log_total
-            log_probs[rows] = label_logits - highest - log_total
-        ctx.save_for_backward(hidden, weight, labels, log_normalizer, entropy, border)
-        ctx.temperature, ctx.chunk_size = temperature, chunk_size
-        ctx.set_materialize_grads(False)  # an entropy that is only looked at costs no gradient
-        return log_probs, entropy
+                sums = logits.mul_(exponentials).sum(dim=1)
+                weighted[rows] = (weighted[rows] - rise * total[rows]) * rise.neg().exp() + sums
+            total[rows] = total[rows] * rise.neg().exp() + exponentials.sum(dim=1)
+            if gradients is not None:  # of the sum of these rows' log-probs: their totals are whole
+                grad_logits = exponentials.div_(-total[rows, None])
+                grad_logits.scatter_add_(1, column, is_here.to(grad_logits.dtype))
+                gradients.add(grad_logits, rows, columns)
+                del grad_logits
+            del logits, exponentials, dropped  # before the next tile is made
+        log_total = total.log()
+        entropy = None if weighted is None else log_total - weighted / total
+        if gradients is None:
+            ctx.save_for_backward(hidden, weight, labels, highest + log_total, entropy, border)
+        else:
+            ctx.save_for_backward(*gradients.results())
+        return label_logits - highest - log_total, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.gradients_now:
+            return *_scale_gradients(ctx.saved_tensors, grad_log_probs), *[None] * 9
         hidden, weight, labels, log_normalizer, entropy, border = ctx.saved_tensors
         if grad_log_probs is None:
             grad_log_probs = torch.zeros_like(log_normalizer)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=log_normalizer.dtype) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(labels), ctx.chunk_size):
-            rows = slice(start, start + ctx.chunk_size)
-            log_p = _scaled_logits(hidden[rows], weight, ctx.temperature)
+        gradients = _Gradients(ctx, hidden, weight)
+        for rows, columns, log_p in _logit_tiles(hidden, weight, ctx.temperature, ctx.tile):
             dropped = None if border is None else _less_likely(log_p, border[rows], labels[rows])
             log_p.sub_(log_normalizer[rows, None])
             upstream = grad_log_probs[rows, None]
@@ -149,28 +178,102 @@ class _TokenLogProbs(torch.autograd.Function):
                     log_p.masked_fill_(dropped, 0.0)
                 # -p (g_log_prob + g_entropy (log p + H))
                 log_p.add_(entropy[rows, None]).mul_(-grad_entropy[rows, None]).sub_(upstream)
-                grad_logits = p.mul_(log_p)
-            grad_logits.scatter_add_(1, labels[rows, None], upstream)
-            if ctx.temperature != 1.0:
-                grad_logits.div_(ctx.temperature)
-            if grad_hidden is not None:
-                grad_hidden[rows] = grad_logits.to(weight.dtype) @ weight
-            if grad_weight is not None:
-                _add_product(grad_weight, grad_logits, hidden[rows])
+                grad_logits = log_p.mul_(p)
+            column, is_here = _column_of(labels[rows], columns)
+            grad_logits.scatter_add_(1, column, torch.where(is_here, upstream, 0.0))
+            gradients.add(grad_logits, rows, columns)
+            del log_p, grad_logits, dropped  # before the next tile is made
+        return *gradients.results(), *[None] * 9
+
+
+def _logit_tiles(
+    hidden: Tensor, weight: Tensor, temperature: float, tile: tuple[int, int]
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """(rows, columns, logits[rows, columns]) of the (T, V) logits; each may be overwritten, and is by the next."""
+    size = min(tile[0], len(hidden)) * min(tile[1], len(weight))
+    memory = None if hidden.is_cuda else hidden.new_empty(size, dtype=_dtype_of_sums(hidden))
+    for rows in _slices(len(hidden), tile[0]):
+        for columns in _slices(len(weight), tile[1]):
+            yield rows, columns, _scaled_logits(hidden[rows], weight[columns], temperature, memory)
+
+
+class _Gradients:
+    """Of hidden and weight, where they are asked for: the sums of the tiles' matrix products."""
+
+    def __init__(self, ctx: Any, hidden: Tensor, weight: Tensor) -> None:
+        self.inputs, self.temperature = (hidden, weight), ctx.temperature
+        wide = _dtype_of_sums(hidden)
+        # Tiles of all rows add to each row of the weight's gradient only once: no sum that must be wider.
+        of_weight = wide if ctx.tile[0] < len(hidden) else weight.dtype
+        self.totals = [
+            torch.zeros_like(tensor, dtype=dtype) if asked else None
+            for tensor, dtype, asked in zip(self.inputs, (wide, of_weight), ctx.needs_input_grad)
+        ]
+
+    def add(self, grad_logits: Tensor, rows: slice, columns: slice) -> None:
+        """The products of a tile; overwrites grad_logits (C, N)."""
+        hidden, weight = self.inputs
+        if self.temperature != 1.0:
+            grad_logits.div_(self.temperature)
+        if hidden.is_cuda:
+            grad_logits = grad_logits.to(hidden.dtype)
+        grad_hidden, grad_weight = self.totals
+        if grad_hidden is not None:
+            _add_product(grad_hidden[rows], grad_logits, weight[columns])
         if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+            _add_product(grad_weight[columns], grad_logits.T, hidden[rows])
+
+    def results(self) -> list[Tensor | None]:
+        """In the dtypes of the inputs."""
+        return [None if total is None else total.to(tensor.dtype) for total, tensor in zip(self.totals, self.inputs)]
 
 
-def _scaled_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """(C, D), (V, D) -> (C, V) in float32 or better, whatever the inputs are."""
-    if hidden.dtype in (torch.float32, torch.float64):
-        logits = hidden @ weight.T
-    elif hidden.is_cuda:
-        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, summed in float32 or better, whatever the three are."""
+    if left.dtype == right.dtype == _dtype_of_sums(left):
+        total.addmm_(left, right)
     else:
-        logits = hidden.float() @ weight.float().T
+        total.add_(_wide_product(left, right))
+
+
+def _scale_gradients(gradients: Sequence[Tensor | None], grad_log_probs: Tensor | None) -> list[Tensor | None]:
+    """Those of the log-probs' sum -> of a loss whose gradient at each log-prob is the same; in place."""
+    if grad_log_probs is None:
+        return [None, None]
+    if len(grad_log_probs) == 0:
+        return list(gradients)
+    if grad_log_probs.min() < grad_log_probs.max():  # NaN is let through: whoever looks at the gradients shall see it
+        raise ValueError("equal_gradients was promised, but the log-probs' gradients differ")
+    return [None if gradient is None else gradient.mul_(grad_log_probs[0]) for gradient in gradients]
+
+
+def _column_of(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """(C,) labels -> (C, 1) their places in these columns, 0 where they are elsewhere, and whether they are here."""
+    is_here = (labels >= columns.start) & (labels < columns.stop)
+    return torch.where(is_here, labels - columns.start, 0)[:, None], is_here[:, None]
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _scaled_logits(hidden: Tensor, weight: Tensor, temperature: float, memory: Tensor | None = None) -> Tensor:
+    """(C, D), (N, D) -> (C, N) in float32 or better, whatever the inputs are; made in `memory`, if that is given."""
+    logits = _wide_product(hidden, weight.T, memory)
     return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _wide_product(left: Tensor, right: Tensor, memory: Tensor | None = None) -> Tensor:
+    """left @ right in float32 or better."""
+    dtype = _dtype_of_sums(left)
+    if left.is_cuda and left.dtype != dtype:
+        return torch.mm(left, right, out_dtype=dtype)
+    out = None if memory is None else memory[: len(left) * right.shape[1]].view(len(left), right.shape[1])
+    return torch.mm(left.to(dtype), right.to(dtype), out=out)
+
+
+def _dtype_of_sums(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _least_likely_kept(logits: Tensor, top_p: float, top_k: int) -> Tensor:
@@ -206,14 +309,6 @@ def _less_likely(logits: Tensor, border: Tensor, labels: Tensor | None = None) -
     behind = torch.arange(logits.shape[1], device=logits.device) > border
     dropped = (logits < lowest) | ((logits == lowest) & behind)
     return dropped if labels is None else dropped.scatter_(1, labels[:, None], False)
-
-
-def _add_product(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-    """total (V, D) += grad_logits (C, V)^T @ hidden (C, D), summed in total's dtype (float32)."""
-    if hidden.is_cuda and hidden.dtype != total.dtype:
-        total.add_(torch.mm(grad_logits.to(hidden.dtype).T, hidden, out_dtype=total.dtype))
-    else:
-        total.addmm_(grad_logits.T, hidden.to(total.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ MARGIN = 6 * GIB
 GPUS_PER_NODE = 8
 # An "80 GB" H100 or A100 has 79.1 GiB for programs, a "40 GB" A100 39.4, a "141 GB" H200 139.
 USABLE = 0.985
-HEAD_CHUNK: int = signature(token_log_probs).parameters["chunk_size"].default
+HEAD_COLUMNS: int = signature(token_log_probs).parameters["num_columns"].default
 FLOAT32, BFLOAT16 = 4, 2
 
 ReduceEvery = Literal["micro-batch", "step"]
@@ -84,7 +84,7 @@ class MemoryPlan:
     activations: int
     """What the forward keeps for the backward, and the backward's own."""
     buffers: int
-    """The head's logits and float32 gradient, gradients on their way to be reduced."""
+    """The head's logits, gradients on their way to be reduced."""
     host_bytes_per_node: int
     """Host memory of the ranks of one node for parameters, gradients and optimiser; 0 without cpu_offload."""
     margin: int = MARGIN
@@ -174,17 +174,20 @@ def _moments(config: ModelConfig, settings: Settings) -> Iterator[tuple[int, int
     tokens, width, vocabulary = settings.tokens, config.hidden_size, config.vocab_size
     hidden = BFLOAT16 * tokens * width  # one (T, D) tensor
     inner = BFLOAT16 * tokens * config.intermediate_size  # one (T, F) tensor
-    head_gradient = BFLOAT16 * vocabulary * width  # made first, reduced last
+    head_gradient = BFLOAT16 * vocabulary * width  # of its weight: made first, reduced last
     full = tokens * activation_bytes_per_token(config)
     kept = hidden if settings.activation_checkpointing else full
     # A block's weights are asked for while the one before (in the backward: after) it computes.
     ahead = BFLOAT16 * block if settings.shards > 1 else 0
     in_use = BFLOAT16 * (root + block)
 
-    # Head: norm's input, trained tokens' states and their gradient; float32 gradient of the weight, the product
-    # that is added to it, one chunk's logits in float32 and bfloat16. The last block is on its way.
-    chunk = min(HEAD_CHUNK, tokens) * vocabulary * (FLOAT32 + BFLOAT16)
-    yield BFLOAT16 * root + ahead, layers * kept + 3 * hidden, 2 * FLOAT32 * vocabulary * width + chunk
+    # Head: norm's input and trained tokens' states; the weight's gradient, the states' in float32, a tile's logits in
+    # float32 and bfloat16, and a product that is added to one of the gradients. The last block is on its way.
+    columns = min(HEAD_COLUMNS, vocabulary)
+    tile = tokens * columns * (FLOAT32 + BFLOAT16)
+    product = FLOAT32 * width * max(tokens, columns)
+    buffers = head_gradient + FLOAT32 * tokens * width + tile + product
+    yield BFLOAT16 * root + ahead, layers * kept + 2 * hidden, buffers
 
     # MLP of a block: all that its forward keeps (computed again, with checkpointing), but the MLP's product freed;
     # gradients of the block's output, of the product, of silu(gate) and up; gradient of down_proj's weight.
@@ -220,7 +223,7 @@ def forward_memory(config: ModelConfig, shards: int, tokens: int) -> tuple[int, 
     rotating = max(4 * query_size + 2 * key_size, 2 * query_size + 5 * key_size)
     in_attention = 2 * config.hidden_size + rotating
     cosines = 2 * config.head_dim
-    logits = FLOAT32 * min(HEAD_CHUNK, tokens) * config.vocab_size
+    logits = FLOAT32 * tokens * min(HEAD_COLUMNS, config.vocab_size)
     return max(
         ((root + block) * (2 if sharded else 1), BFLOAT16 * tokens * (config.hidden_size + cosines), 0),
         (root + block + sharded * block + ahead, BFLOAT16 * tokens * (max(in_mlp, in_attention) + cosines), 0),

@@ -333,6 +333,7 @@ class CausalLM(nn.Module):
         with_entropy: bool = False,
         top_p: float = 1.0,
         top_k: int = 0,
+        equal_gradients: bool = False,
         prefixes: Tensor | None = None,
     ) -> Any:
         """One packed stream through the model.
@@ -342,7 +343,7 @@ class CausalLM(nn.Module):
             cu_seqlens: (B + 1,) int32 borders of the sequences.
             labels: (T,) the token after each position; None asks for hidden states.
             completion_mask: (T,) bool; where False no log-prob is computed (all are, if None).
-            temperature, with_entropy, top_p, top_k: see kaja.loss.token_log_probs.
+            temperature, with_entropy, top_p, top_k, equal_gradients: see kaja.loss.token_log_probs.
             prefixes: (B,) the sequence that each one goes on from; None: none does. See prefix_attention.
 
         Returns:
@@ -353,13 +354,11 @@ class CausalLM(nn.Module):
         hidden = self.model(input_ids, positions, attend)
         if labels is None:
             return hidden
-        sampling: dict[str, Any] = {"with_entropy": with_entropy, "top_p": top_p, "top_k": top_k}
+        options = (temperature, with_entropy, top_p, top_k, equal_gradients)
         if completion_mask is None:
-            return token_log_probs(hidden, self.lm_head.weight, labels, temperature, **sampling)
+            return token_log_probs(hidden, self.lm_head.weight, labels, *options)
         chosen = completion_mask.nonzero().squeeze(1)
-        log_probs, entropy = token_log_probs(
-            hidden[chosen], self.lm_head.weight, labels[chosen], temperature, **sampling
-        )
+        log_probs, entropy = token_log_probs(hidden[chosen], self.lm_head.weight, labels[chosen], *options)
         log_probs = _spread(log_probs, chosen, len(labels))
         return log_probs, None if entropy is None else _spread(entropy, chosen, len(labels))
 

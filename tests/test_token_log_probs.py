@@ -1,6 +1,7 @@
 """token_log_probs against log_softmax of the full logits: values, gradients, memory."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,17 +46,17 @@ def test_hand_worked() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.9])
-@pytest.mark.parametrize("num_tokens,chunk_size", [(7, 256), (7, 7), (7, 3), (7, 1), (8, 4), (1, 4)])
-def test_equals_full_logits(num_tokens: int, chunk_size: int, temperature: float) -> None:
+@pytest.mark.parametrize("num_tokens, num_columns", [(7, 2048), (7, 11), (7, 4), (7, 1), (8, 10), (1, 4)])
+def test_equals_full_logits(num_tokens: int, num_columns: int, temperature: float) -> None:
     hidden, weight, labels = random_case(num_tokens)
     upstream = torch.randn(2, num_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     results = []
-    for function in ("full", "chunked"):
+    for function in ("full", "tiles"):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         if function == "full":
             log_probs, entropy = full_logits_way(h, w, labels, temperature)
         else:
-            log_probs, optional = token_log_probs(h, w, labels, temperature, chunk_size, with_entropy=True)
+            log_probs, optional = token_log_probs(h, w, labels, temperature, True, num_columns=num_columns)
             assert optional is not None
             entropy = optional
         (upstream[0] @ log_probs + upstream[1] @ entropy).backward()
@@ -64,17 +65,17 @@ def test_equals_full_logits(num_tokens: int, chunk_size: int, temperature: float
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2, 3, 5, 64])
-def test_gradcheck(chunk_size: int) -> None:
+@pytest.mark.parametrize("num_columns", [1, 2, 4, 6, 64])
+def test_gradcheck(num_columns: int) -> None:
     hidden, weight, labels = random_case(5, width=3, vocabulary=6)
     hidden.requires_grad_()
     weight.requires_grad_()
 
     def both(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor | None]:
-        return token_log_probs(h, w, labels, temperature=0.7, chunk_size=chunk_size, with_entropy=True)
+        return token_log_probs(h, w, labels, temperature=0.7, with_entropy=True, num_columns=num_columns)
 
     def without_entropy(h: Tensor, w: Tensor) -> Tensor:
-        return token_log_probs(h, w, labels, temperature=0.7, chunk_size=chunk_size)[0]
+        return token_log_probs(h, w, labels, temperature=0.7, num_columns=num_columns)[0]
 
     assert torch.autograd.gradcheck(both, (hidden, weight))
     assert torch.autograd.gradcheck(without_entropy, (hidden, weight))
@@ -85,7 +86,7 @@ def test_one_input_frozen(frozen: str) -> None:
     hidden, weight, labels = random_case(4)
     trained, fixed = (weight, hidden) if frozen == "hidden" else (hidden, weight)
     trained.requires_grad_()
-    log_probs, entropy = token_log_probs(hidden, weight, labels, chunk_size=3, with_entropy=True)
+    log_probs, entropy = token_log_probs(hidden, weight, labels, with_entropy=True, num_columns=3)
     assert entropy is not None
     (actual,) = torch.autograd.grad(log_probs.sum() + 2 * entropy.sum(), trained)
     log_probs, entropy = full_logits_way(hidden, weight, labels, 1.0)
@@ -94,16 +95,60 @@ def test_one_input_frozen(frozen: str) -> None:
     assert not fixed.requires_grad and fixed.grad is None
 
 
-def test_no_tokens() -> None:
+@pytest.mark.parametrize("option", ["with_entropy", "equal_gradients"])
+def test_no_tokens(option: str) -> None:
     hidden, weight, labels = random_case(0)
     hidden.requires_grad_()
     weight.requires_grad_()
-    log_probs, entropy = token_log_probs(hidden, weight, labels, with_entropy=True)
-    assert entropy is not None
-    assert log_probs.shape == entropy.shape == (0,)
-    (log_probs.sum() + entropy.sum()).backward()
+    log_probs, entropy = token_log_probs(hidden, weight, labels, **{option: True})
+    assert log_probs.shape == (0,)
+    if entropy is not None:
+        assert entropy.shape == (0,)
+        log_probs = log_probs + entropy
+    log_probs.sum().backward()
     assert weight.grad is not None
     assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"with_entropy": True}])
+@pytest.mark.parametrize("num_rows", [1, 3, 256])
+def test_equal_gradients_are_those_of_any_gradients(options: dict[str, Any], num_rows: int) -> None:
+    hidden, weight, labels = random_case(7)
+    results = []
+    for equal in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        log_probs, _ = token_log_probs(h, w, labels, 0.7, equal_gradients=equal, num_rows=num_rows, **options)
+        (log_probs.sum() / -14).backward()
+        results.append((log_probs, h.grad, w.grad))
+    for expected, actual in zip(*results):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_equal_gradients_with_one_input_frozen(frozen: str) -> None:
+    hidden, weight, labels = random_case(4)
+    trained = weight if frozen == "hidden" else hidden
+    trained.requires_grad_()
+    (actual,) = torch.autograd.grad(token_log_probs(hidden, weight, labels, equal_gradients=True)[0].sum(), trained)
+    (expected,) = torch.autograd.grad(full_logits_way(hidden, weight, labels, 1.0)[0].sum(), trained)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_equal_gradients_that_are_not_equal() -> None:
+    hidden, weight, labels = random_case(3)
+    hidden.requires_grad_()
+    log_probs, _ = token_log_probs(hidden, weight, labels, equal_gradients=True)
+    with pytest.raises(ValueError, match="differ"):
+        (log_probs @ torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64)).backward()
+
+
+def test_equal_gradients_are_used_only_once() -> None:
+    hidden, weight, labels = random_case(3)
+    hidden.requires_grad_()
+    loss = 2 * token_log_probs(hidden, weight, labels, equal_gradients=True)[0].sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_entropy_only_when_asked() -> None:
@@ -139,7 +184,7 @@ def test_bfloat16_inputs_give_float32_log_probs() -> None:
     hidden, weight, labels = random_case(6, width=16, vocabulary=50)
     h = hidden.to(torch.bfloat16).requires_grad_()
     w = weight.to(torch.bfloat16).requires_grad_()
-    log_probs, entropy = token_log_probs(h, w, labels, chunk_size=4, with_entropy=True)
+    log_probs, entropy = token_log_probs(h, w, labels, with_entropy=True, num_columns=32)
     assert entropy is not None
     assert log_probs.dtype == entropy.dtype == torch.float32
     (log_probs.sum() + entropy.sum()).backward()
@@ -147,6 +192,19 @@ def test_bfloat16_inputs_give_float32_log_probs() -> None:
     assert w.grad is not None and w.grad.dtype == torch.bfloat16
     expected, _ = full_logits_way(h.detach().double(), w.detach().double(), labels, 1.0)
     torch.testing.assert_close(log_probs.double(), expected, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("options", [{"num_columns": 2}, {"num_rows": 1, "equal_gradients": True}])
+def test_bfloat16_gradients_are_summed_in_float32(options: dict[str, Any]) -> None:
+    # 400 terms: rounded to bfloat16 one after the other, they would be off by several percent.
+    hidden, weight, labels = random_case(400, width=4, vocabulary=6)
+    h, w = hidden.to(torch.bfloat16).requires_grad_(), weight.to(torch.bfloat16).requires_grad_()
+    token_log_probs(h, w, labels, **options)[0].sum().backward()
+    h64, w64 = h.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    full_logits_way(h64, w64, labels, 1.0)[0].sum().backward()
+    for actual, expected in ((h.grad, h64.grad), (w.grad, w64.grad)):
+        assert actual is not None and expected is not None
+        torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=1e-5)
 
 
 def kept_of(logits: np.ndarray, top_p: float, top_k: int) -> np.ndarray:
@@ -194,19 +252,20 @@ TRUNCATIONS = [(0.9, 0), (0.4, 0), (1.0, 5), (1.0, 1), (0.8, 12), (1e-9, 0)]
 
 
 @pytest.mark.parametrize("top_p, top_k", TRUNCATIONS[:3] + TRUNCATIONS[4:5])
-@pytest.mark.parametrize("chunk_size", [4, 256])
-def test_truncated_equals_numpy(top_p: float, top_k: int, chunk_size: int) -> None:
+@pytest.mark.parametrize("num_rows", [4, 256])
+def test_truncated_equals_numpy(top_p: float, top_k: int, num_rows: int) -> None:
     """Values against numpy, gradients against central differences with the kept set held."""
     temperature = 0.7
     hidden, weight, labels, kept = truncated_case(top_p, top_k, temperature)
     hidden.requires_grad_(), weight.requires_grad_()
-    log_probs, entropy = token_log_probs(hidden, weight, labels, temperature, chunk_size, True, top_p, top_k)
+    options = {"top_p": top_p, "top_k": top_k, "num_rows": num_rows}
+    log_probs, entropy = token_log_probs(hidden, weight, labels, temperature, with_entropy=True, **options)
     assert entropy is not None
     h, w, tokens = hidden.detach().numpy(), weight.detach().numpy(), labels.numpy()
     expected = numpy_way(h, w, tokens, temperature, kept)
     np.testing.assert_allclose(log_probs.detach(), expected[0], atol=1e-10)
     np.testing.assert_allclose(entropy.detach(), expected[1], atol=1e-10)
-    alone, _ = token_log_probs(hidden, weight, labels, temperature, chunk_size, top_p=top_p, top_k=top_k)
+    alone, _ = token_log_probs(hidden, weight, labels, temperature, **options)
     torch.testing.assert_close(alone, log_probs, rtol=0, atol=1e-12)
 
     upstream = np.random.default_rng(1).standard_normal((2, 9))
@@ -276,6 +335,18 @@ def test_equal_logits_at_the_border() -> None:
     assert inside.item() == pytest.approx(1 - math.log(math.e**3 + 2 * math.e))
 
 
+def test_the_largest_logit_may_come_first_or_last() -> None:
+    """Maxima and sums are carried from tile to tile: logits that rise or fall by 300 from one to the next."""
+    logits = [900.0, 600.0, 599.0, 300.0, 0.0, -1e38]
+    one = torch.ones(1, 1, dtype=torch.float64)
+    for order in (logits, logits[::-1]):
+        weight, label = torch.tensor(order, dtype=torch.float64)[:, None], order.index(600.0)
+        log_probs, entropy = token_log_probs(one, weight, torch.tensor([label]), with_entropy=True, num_columns=1)
+        assert entropy is not None
+        assert log_probs.item() == -300.0
+        assert 0 <= entropy.item() < 1e-100
+
+
 def test_truncation_of_nan_logits_is_nan_and_no_crash() -> None:
     hidden, weight, labels = random_case(3)
     log_probs, _ = token_log_probs(hidden * float("nan"), weight, labels, top_p=0.9, top_k=3)
@@ -303,37 +374,52 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-NUM_TOKENS, WIDTH, VOCABULARY, CHUNK = 96, 8, 512, 16
+NUM_TOKENS, WIDTH, VOCABULARY = 96, 8, 512
+NUM_ROWS, NUM_COLUMNS = 20, 72  # neither divides what it cuts
+TILE, TILE_OF_ROWS = NUM_TOKENS * NUM_COLUMNS, NUM_ROWS * VOCABULARY
 
 
-@pytest.mark.parametrize("with_entropy, top_p", [(False, 1.0), (True, 1.0), (True, 0.9)])
-def test_no_tensor_larger_than_a_chunk_of_logits(with_entropy: bool, top_p: float) -> None:
+@pytest.mark.parametrize(
+    "options, in_forward, in_backward",
+    [
+        ({}, TILE, TILE),
+        ({"with_entropy": True}, TILE, TILE),
+        ({"with_entropy": True, "top_p": 0.9}, TILE_OF_ROWS, TILE_OF_ROWS),
+        ({"equal_gradients": True}, TILE_OF_ROWS, VOCABULARY * WIDTH),  # no logits in the backward
+        ({"equal_gradients": True, "with_entropy": True}, TILE, TILE),
+    ],
+)
+def test_no_tensor_larger_than_a_tile_of_logits(options: dict[str, Any], in_forward: int, in_backward: int) -> None:
     hidden, weight, labels = random_case(NUM_TOKENS, WIDTH, VOCABULARY)
     hidden.requires_grad_()
     weight.requires_grad_()
+    sizes = {"num_rows": NUM_ROWS, "num_columns": NUM_COLUMNS}
     with LargestTensor() as forward:
-        log_probs, entropy = token_log_probs(hidden, weight, labels, 1.0, CHUNK, with_entropy, top_p)
+        log_probs, entropy = token_log_probs(hidden, weight, labels, **options, **sizes)
     total = log_probs.sum() if entropy is None else log_probs.sum() + entropy.sum()
     with LargestTensor() as backward:
         total.backward()
-    assert forward.largest == CHUNK * VOCABULARY  # the mode did see the logits ...
-    assert backward.largest == CHUNK * VOCABULARY  # ... also those that the backward recomputes
+    assert forward.largest == in_forward  # the mode did see the logits ...
+    assert backward.largest == in_backward  # ... also those that the backward recomputes
+    with torch.no_grad(), LargestTensor() as without_gradients:
+        token_log_probs(hidden, weight, labels, **options, **sizes)
+    assert without_gradients.largest == (TILE_OF_ROWS if "top_p" in options else TILE)
     with LargestTensor() as full:
         full_logits_way(hidden, weight, labels, 1.0)
     assert full.largest == NUM_TOKENS * VOCABULARY
 
 
-def peak_bytes(with_entropy: bool, chunk_size: int | None) -> int:
+def peak_bytes(full_logits: bool = False, **options: Any) -> int:
     """Peak of the memory allocated during forward and backward, from the profiler's allocation events."""
     hidden, weight, labels = random_case(NUM_TOKENS, WIDTH, VOCABULARY)
     hidden, weight = hidden.float().requires_grad_(), weight.float().requires_grad_()
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
-        if chunk_size is None:
+        if full_logits:
             log_probs, entropy = full_logits_way(hidden, weight, labels, 1.0)
         else:
-            log_probs, optional = token_log_probs(hidden, weight, labels, 1.0, chunk_size, with_entropy)
+            log_probs, optional = token_log_probs(hidden, weight, labels, **options)
             entropy = log_probs if optional is None else optional
         (log_probs.sum() + entropy.sum()).backward()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -344,10 +430,11 @@ def peak_bytes(with_entropy: bool, chunk_size: int | None) -> int:
     return peak
 
 
-@pytest.mark.parametrize("with_entropy", [False, True])
-def test_peak_memory_is_a_few_chunks(with_entropy: bool) -> None:
-    chunk_bytes = CHUNK * VOCABULARY * 4
+@pytest.mark.parametrize("option, tile, most", [("", 16, 1), ("with_entropy", 16, 2), ("equal_gradients", 3, 1)])
+def test_peak_memory_is_a_few_tiles(option: str, tile: int, most: int) -> None:
+    tile_bytes = 4 * (tile * NUM_TOKENS if option != "equal_gradients" else tile * VOCABULARY)
     gradients = 2 * (NUM_TOKENS + VOCABULARY) * WIDTH * 4  # both, and one copy of them at work
-    peak = peak_bytes(with_entropy, CHUNK)
-    assert chunk_bytes <= peak <= 3 * chunk_bytes + gradients
-    assert peak < peak_bytes(with_entropy, None) / 3
+    options = {option: True} if option else {}
+    peak = peak_bytes(**options, num_rows=3, num_columns=16)
+    assert tile_bytes <= peak <= most * tile_bytes + gradients
+    assert peak < peak_bytes(full_logits=True) / 4
