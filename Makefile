@@ -13,6 +13,7 @@ VENV ?= .venv#                   the virtual environment, made when missing
 WORKERS ?= 2#                    processes of pytest
 PYTEST_ARGS ?=#                  e.g. PYTEST_ARGS="tests/test_loss.py -x"
 DEMO_ARGS ?=#                    further options of `python -m kaja.demo run`
+BENCH_ARGS ?=#                   e.g. BENCH_ARGS="S-A --rounds 1"
 # The first Python that is new enough.
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -40,12 +41,12 @@ free=$$($(PY) -c 'import shutil; print(int(shutil.disk_usage(".").free / 1e9))')
 test "$$free" -ge $(1) || $(call fail,$$free GB free on the disk of $(CURDIR); this step needs up to $(1) GB; free some space)
 endef
 
-.PHONY: help demo test quick lint types clean environment dev-environment vllm
+.PHONY: help demo test quick bench lint types clean environment dev-environment vllm
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 	echo
-	echo "Variables: ENGINE=torch|vllm  PYTHON=python3.12  DEVICE=cpu|cuda  VENV=.venv  PYTEST_ARGS=...  DEMO_ARGS=..."
+	echo "Variables: ENGINE=torch|vllm  PYTHON=python3.12  DEVICE=cpu|cuda  VENV=.venv  PYTEST_ARGS=...  DEMO_ARGS=...  BENCH_ARGS=..."
 
 demo: environment $(if $(filter vllm,$(ENGINE)),vllm)  ## synth -> SFT -> GRPO -> judge with a tiny model; report in runs/demo/
 	@$(PY) -m kaja.demo run --engine $(ENGINE) $(DEMO_ARGS)
@@ -55,6 +56,9 @@ test: dev-environment vllm lint types  ## linter, types and all tests, real vLLM
 
 quick: dev-environment  ## the tests that are neither slow nor need vLLM
 	@$(PYTEST) -m "not slow and not vllm" $(PYTEST_ARGS)
+
+bench: dev-environment  ## kaja against TRL and transformers' Trainer, CPU seconds and memory; more than an hour
+	@$(PY) bench/versus.py $(BENCH_ARGS)
 
 lint: dev-environment  ## flake8
 	$(PY) -m flake8
