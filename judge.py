@@ -216,8 +216,8 @@ def main(config: Config) -> None:
         )  # fmt: skip
         save_all(work, batches, f"{model.name} answers", len(questions), len(todo))
 
-    barrier()  # until the last rank's engine has given its memory back
-    # Grades: the models are gone, the judge has the memory to itself.
+    # Grades: when the last rank's engine is gone, the judge has the memory to itself.
+    barrier()
     if any(ungraded(grading, work) for grading in gradings):
         judge_all(work)
 
