@@ -4,7 +4,9 @@
 CPU). Every function here does the right thing for both, so the loops never ask.
 """
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,6 +23,9 @@ from kaja.errors import UserError
 from kaja.model import CausalLM
 
 ItemT = TypeVar("ItemT")
+# Numbers and values of malloc.h, for keep_freed_memory: nothing by mmap, of which each block is returned when freed;
+# the heap is not shortened below 2 GiB of free memory, and grows by 64 MiB.
+MALLOC_OPTIONS = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 2**26)}
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,23 @@ def setup() -> Ranks:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        keep_freed_memory()
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Ranks(rank, local_rank, world_size, device)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's malloc keep what is freed for the next that asks, where it would return it to the system.
+
+    A step on a CPU asks for the same large tensors again and again. Returned ones come back as pages of zeros, one page
+    fault for every 4 KiB: 8 to 20% of a step. Other C libraries have no such setting.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return
+    for option, value in MALLOC_OPTIONS.values():
+        mallopt(option, value)
 
 
 def teardown() -> None:

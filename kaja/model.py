@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from kaja.errors import UserError
 from kaja.loss import token_log_probs
@@ -117,12 +116,7 @@ def packed_attention(cu_seqlens: Tensor) -> Attend:
         longest = int(lengths.max())
 
         def attend_cuda(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            grouped = queries.shape[1] != keys.shape[1]
-            output = varlen_attn(
-                queries, keys, values, cu_seqlens, cu_seqlens, longest, longest,
-                window_size=(-1, 0), enable_gqa=grouped,
-            )  # fmt: skip
-            return cast(Tensor, output)  # a tuple only when more is asked for
+            return flash_attention(queries, keys, values, cu_seqlens, cu_seqlens, longest, longest)
 
         return attend_cuda
 
@@ -158,13 +152,9 @@ def prefix_attention(cu_seqlens: Tensor, prefixes: Tensor) -> Attend:
         indices, cu_keys = torch.cat(seen), F.pad(torch.tensor(key_sizes).cumsum(0), (1, 0)).to(cu_seqlens)
 
         def attend_cuda(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            grouped = queries.shape[1] != keys.shape[1]
-            # Flash attention's causal window ends, for a sequence's last query, at its last key.
-            output = varlen_attn(
-                queries, keys[indices], values[indices], cu_seqlens, cu_keys, max(sizes), max(key_sizes),
-                window_size=(-1, 0), enable_gqa=grouped,
-            )  # fmt: skip
-            return cast(Tensor, output)
+            return flash_attention(
+                queries, keys[indices], values[indices], cu_seqlens, cu_keys, max(sizes), max(key_sizes)
+            )
 
         return attend_cuda
 
@@ -187,6 +177,19 @@ def prefix_attention(cu_seqlens: Tensor, prefixes: Tensor) -> Attend:
         return torch.cat(outputs, dim=2)[0].transpose(0, 1)
 
     return attend_cpu
+
+
+def flash_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, cu_queries: Tensor, cu_keys: Tensor, max_queries: int, max_keys: int
+) -> Tensor:
+    """torch's variable-length flash attention, on CUDA only; causal: a sequence's last query sees its last key."""
+    from torch.nn.attention.varlen import varlen_attn  # brings torch._dynamo: 0.7 s, which a CPU's user need not pay
+
+    output = varlen_attn(
+        queries, keys, values, cu_queries, cu_keys, max_queries, max_keys,
+        window_size=(-1, 0), enable_gqa=queries.shape[1] != keys.shape[1],
+    )  # fmt: skip
+    return cast(Tensor, output)  # a tuple only when more is asked for
 
 
 # ---------------------------------------------------------------------------------------------------

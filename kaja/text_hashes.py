@@ -65,7 +65,8 @@ def code_points(text: str) -> NDArray[np.uint32]:
 @cache
 def character_classes() -> NDArray[np.uint8]:
     """(0x110000,): DROPPED, KEPT (letters and digits) or BOUNDARY (ends a sentence) for each code point."""
-    classes = np.array([chr(code).isalnum() for code in range(0x110000)], dtype=np.uint8)
+    characters = np.arange(0x110000, dtype="<u4").view("<U1")
+    classes = np.char.isalnum(characters).astype(np.uint8)
     classes[[ord(character) for character in BOUNDARIES]] = BOUNDARY
     return classes
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,35 @@ def reference() -> Callable[[Case], tuple[Tensors, dict[str, Any]]]:
         return known[tied]
 
     return run
+
+
+FAULTS_OF_LARGE_TENSORS = """
+import resource, sys
+import torch
+from kaja.distributed import setup
+
+if "setup" in sys.argv:
+    setup()
+for _ in range(5):  # until the heap has grown
+    torch.ones(16, 2**20)  # 64 MiB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.ones(16, 2**20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc's malloc")
+def test_freed_memory_is_used_again_after_setup() -> None:
+    def page_faults(*arguments: str) -> int:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        environment.pop("GLIBC_TUNABLES", None)
+        python = [sys.executable, "-c", FAULTS_OF_LARGE_TENSORS, *arguments]
+        return int(subprocess.run(python, env=environment, capture_output=True, text=True, check=True).stdout)
+
+    pages = 20 * (64 << 20) // os.sysconf("SC_PAGE_SIZE")
+    assert page_faults() > 0.9 * pages  # else there was nothing to mend
+    assert page_faults("setup") < 0.01 * pages
 
 
 def launch(world_size: int, folder: Path) -> Path:

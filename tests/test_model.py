@@ -389,7 +389,7 @@ def test_the_gpus_way_to_share_prompts_gives_flash_attention_the_same_keys(monke
     assert batch.prefixes is not None
     inputs = torch.randn(len(batch.input_ids), 8, 8, dtype=torch.float64).split([4, 2, 2], dim=1)
     expected = prefix_attention(batch.cu_seqlens, batch.prefixes)(0, *inputs)
-    monkeypatch.setattr("kaja.model.varlen_attn", varlen_attn_as_documented)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn_as_documented)
     with monkeypatch.context() as patched:
         patched.setattr(torch.Tensor, "is_cuda", True)
         attend = prefix_attention(batch.cu_seqlens, batch.prefixes)
