@@ -55,7 +55,7 @@ from kaja.distributed import setup
 
 if "setup" in sys.argv:
     setup()
-for _ in range(5):  # until the heap has grown
+for _ in range(20):  # until the heap has grown
     torch.ones(16, 2**20)  # 64 MiB
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
@@ -74,7 +74,7 @@ def test_freed_memory_is_used_again_after_setup() -> None:
 
     pages = 20 * (64 << 20) // os.sysconf("SC_PAGE_SIZE")
     assert page_faults() > 0.9 * pages  # else there was nothing to mend
-    assert page_faults("setup") < 0.01 * pages
+    assert page_faults("setup") < 0.1 * pages
 
 
 def launch(world_size: int, folder: Path) -> Path:
