@@ -242,9 +242,10 @@ def _scale_gradients(gradients: Sequence[Tensor | None], grad_log_probs: Tensor 
         return [None, None]
     if len(grad_log_probs) == 0:
         return list(gradients)
-    if grad_log_probs.min() < grad_log_probs.max():  # NaN is let through: whoever looks at the gradients shall see it
+    lowest, highest = grad_log_probs.aminmax()
+    if lowest < highest:  # NaN, be it of one only, is let through: whoever looks at the gradients shall see it
         raise ValueError("equal_gradients was promised, but the log-probs' gradients differ")
-    return [None if gradient is None else gradient.mul_(grad_log_probs[0]) for gradient in gradients]
+    return [None if gradient is None else gradient.mul_(highest) for gradient in gradients]
 
 
 def _column_of(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:

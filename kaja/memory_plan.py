@@ -336,7 +336,7 @@ def _fake_micro_batch(model: CausalLM, settings: Settings, last: bool) -> None:
     cu_seqlens = torch.zeros(settings.micro_batch_size + 1, dtype=torch.int32)
     reduce_gradients(model, every=settings.reduce_every == "micro-batch", last=last)
     with _answers(settings):
-        log_probs, _ = model(ids, ids, cu_seqlens, ids, mask)
+        log_probs, _ = model(ids, ids, cu_seqlens, ids, mask, equal_gradients=True)
         sft_loss(log_probs, mask, denominator=tokens).backward()
 
 

@@ -108,9 +108,11 @@ def micro_batches(
     """This rank's share of a step's (rollout, advantage) pairs, in streams with room for `max_tokens`.
 
     The prompt of neighbours is computed once for all of them (pack_groups), but takes its room for each: all of them
-    keep its keys. A stream so holds the same completions as without sharing, in fewer tokens.
+    keep its keys. So no stream needs more memory than without sharing. Neighbours are in one stream, unless they have
+    more than a stream's room or a rank's share of all: few groups are cut, rather than that ranks have nothing to do.
     """
-    groups = same_prompt(judged, max_tokens)
+    share = -(-sum(rollout.positions for rollout, _ in judged) // ranks.world_size)
+    groups = same_prompt(judged, min(max_tokens, share))
     lengths = [sum(rollout.positions for rollout, _ in group) for group in groups]
     computed = [
         length - (len(group) - 1) * (len(group[0][0].prompt_ids) - 1) for length, group in zip(lengths, groups)
@@ -134,7 +136,7 @@ def micro_batches(
 
 
 def same_prompt(judged: Sequence[tuple[Rollout, float]], max_tokens: int) -> list[list[tuple[Rollout, float]]]:
-    """Runs of pairs with the same prompt, none of more than `max_tokens` with the prompt counted for each."""
+    """Runs of pairs with the same prompt, of at most `max_tokens` (or one pair) with the prompt counted for each."""
     runs = []
     for _, neighbours in itertools.groupby(judged, key=lambda pair: pair[0].prompt_ids):
         run: list[tuple[Rollout, float]] = []
@@ -155,7 +157,10 @@ def of_trained(stream: Batch, values: Sequence[float]) -> Tensor:
 
 
 def throughput(rollouts: Sequence[Rollout], seconds: dict[str, float]) -> dict[str, float]:
-    """Tokens per second of the phases, all ranks together: new ones in generation, whole sequences elsewhere."""
+    """Tokens per second of the phases, all ranks together: new ones in generation, whole sequences elsewhere.
+
+    A prompt counts for each of its completions, though log_probs and update compute it less often (micro_batches).
+    """
     new = sum(rollout.length for rollout in rollouts)
     whole = new + sum(len(rollout.prompt_ids) for rollout in rollouts)
     tokens = {"generate": new, "log_probs": whole, "update": whole}

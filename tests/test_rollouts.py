@@ -223,6 +223,26 @@ def test_prompts_are_computed_once_where_a_stream_has_room() -> None:
     assert len(batch.stream.input_ids) == 29 + 0 + 11 + 1 + 11 + completions  # the last two groups have one prompt
 
 
+def test_no_rank_is_idle_beside_one_with_a_whole_group() -> None:
+    completion = Completion([7] * 10, [-1.0] * 10, "stop")
+    prompts = [[5] * 4] * 4 + [[6] * 4] * 4
+    kept = [(Rollout(EXAMPLES[0], prompt, completion, "", Verdict(1.0)), 0.5) for prompt in prompts]
+    per_rank = shares(kept, 1000, 4)
+    assert [len(batches) for batches in per_rank] == [1] * 4
+    assert [int(batch.stream.completion_mask.sum()) for batches in per_rank for batch in batches] == [20] * 4
+    assert [len(batch.stream.labels) for batches in per_rank for batch in batches] == [3 + 20] * 4  # shared by two
+
+
+def test_a_shared_prompt_counts_once_in_the_balance_of_ranks() -> None:
+    """440 tokens; 4 completions that share 100, so 140 to compute; 300 tokens: the first are as much as the others."""
+    kept = []
+    for number, (prompt, size, count) in enumerate([(341, 100, 1), (101, 10, 4), (201, 100, 1)]):
+        completion = Completion([7] * size, [-1.0] * size, "stop")
+        kept += [(Rollout(EXAMPLES[0], [number] * prompt, completion, "", Verdict(1.0)), 0.5)] * count
+    streams = [[len(batch.stream.labels) for batch in batches] for batches in shares(kept, 1000, 2)]
+    assert streams == [[440], [300 + 140]]
+
+
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-6), (torch.float64, 1e-13)])
 @pytest.mark.parametrize("method", OPTIONS)
 def test_loss_and_gradient_are_those_of_completions_with_prompts_of_their_own(

@@ -142,6 +142,14 @@ def test_equal_gradients_that_are_not_equal() -> None:
         (log_probs @ torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64)).backward()
 
 
+def test_one_nan_among_equal_gradients_is_seen() -> None:
+    hidden, weight, labels = random_case(3)
+    hidden.requires_grad_()
+    log_probs, _ = token_log_probs(hidden, weight, labels, equal_gradients=True)
+    log_probs.backward(torch.tensor([1.0, float("nan"), 1.0], dtype=torch.float64))
+    assert hidden.grad is not None and hidden.grad.isnan().all()
+
+
 def test_equal_gradients_are_used_only_once() -> None:
     hidden, weight, labels = random_case(3)
     hidden.requires_grad_()
