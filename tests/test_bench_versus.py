@@ -72,6 +72,12 @@ def test_ratios_are_of_medians_and_targets_say_met_or_missed() -> None:
     assert len(rows) == 5
 
 
+def test_the_last_row_is_of_matrix_products_alone() -> None:
+    """250 GFLOP at 125 GFLOP/s are 2 CPU seconds, of kaja's 4, 2 and 3."""
+    rows = cells(table.ratio_table({"kaja": KAJA, "TRL": PEER}, {}, flops=250e9))
+    assert rows[-1] == ["matrix products alone", "2.0", "", "", "0.67", "", "", "", "", ""]
+
+
 def test_grpo_is_compared_by_completion_token() -> None:
     """The peer takes twice the time for twice the tokens: a ratio of 1."""
     phases = {"generate": 1.0, "update": 2.0}

@@ -173,3 +173,9 @@ def test_help_and_mistakes_are_answered_before_anything_heavy_is_imported(script
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert done.stdout.endswith(f"{expected}\n"), done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_trainers_on_a_cpu_start_without_torchs_compiler() -> None:
+    code = "import sys, train_sft, train_grpo\nprint('torch' in sys.modules, 'torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "True False\n", done.stderr

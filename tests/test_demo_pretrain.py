@@ -104,7 +104,11 @@ def test_shipped_model_is_helpful_only() -> None:
 
 @pytest.mark.slow
 def test_the_script_remakes_the_model() -> None:
-    """Its first 800 steps follow the shipped model's own curve, which lies beside it: the same run, step by step."""
+    """Its first 800 steps follow the shipped model's own curve, which lies beside it: the same run, step by step.
+
+    Means of 100 steps: another seed is 0.9% away in the first two. Later all runs are alike, and one that rounds
+    otherwise (another CPU, sums in another order) leaves the curve by 6%, another seed by 11%.
+    """
     shipped = json.loads((DEMO_DATA / "pretraining.json").read_text(encoding="utf-8"))
     expected = shipped.pop("mean_loss_of_100_steps")
     config = PretrainConfig("unused", **shipped)
@@ -112,7 +116,9 @@ def test_the_script_remakes_the_model() -> None:
     assert len(expected) == config.steps // 100 and expected[-1] < 0.25
     chat, tokenizer = load_chat(DEMO_MODEL), train_tokenizer(config.seed)
     losses = list(islice(training_losses(config, fresh_model(config), chat, tokenizer), 800))
-    assert mean_losses(losses) == pytest.approx(expected[:8], rel=0.05)
+    means = mean_losses(losses)
+    assert means[:2] == pytest.approx(expected[:2], rel=0.003)
+    assert means[2:] == pytest.approx(expected[2:8], rel=0.1)
 
 
 def test_pretraining_writes_a_model_and_its_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,11 +32,15 @@ def median_cost(results: Sequence[Result]) -> float:
     return statistics.median(map(cost, results))
 
 
-def ratio_table(runs: Mapping[str, Sequence[Result]], targets: Mapping[str, Target], ours: str = "kaja") -> str:
+def ratio_table(
+    runs: Mapping[str, Sequence[Result]], targets: Mapping[str, Target], ours: str = "kaja", flops: float = 0.0
+) -> str:
     """One row per contestant; ratios against `ours`. "machine": GFLOP per CPU second of a matrix product meanwhile.
 
     Args:
         runs: contestant -> its results, one per round.
+        flops: what the work needs of matrix products (kaja.flops.train_flops). The last row is then of nothing but
+            these, as fast as the machine multiplied large matrices beside `ours`: what nobody can undercut.
     """
     phases = sorted({phase for results in runs.values() for result in results for phase in result.get("phases", {})})
     head = ["", "CPU-s", *(f"of it {phase}" for phase in phases), "wall s", "CPU-ms per token", "CPU ratio", "target",
@@ -57,6 +61,12 @@ def ratio_table(runs: Mapping[str, Sequence[Result]], targets: Mapping[str, Targ
             verdict(ratio, at_least=target.cpu), f"{median(results, 'peak_mib'):,.0f}", f"{memory:.2f}",
             verdict(memory, at_most=target.memory), f"{median(results, 'matmul_flops') / 1e9:.0f}",
         ])  # fmt: skip
+    if flops:
+        of_products = [flops / result["matmul_flops"] for result in runs[ours]]
+        ratio = statistics.median(floor / result["cpu_seconds"] for floor, result in zip(of_products, runs[ours]))
+        row = ["matrix products alone", f"{statistics.median(of_products):.1f}", *[""] * (len(head) - 2)]
+        row[head.index("CPU ratio")] = f"{ratio:.2f}"
+        lines.append(row)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
