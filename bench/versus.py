@@ -142,7 +142,9 @@ class Config:
     steps: int = 0
     """Optimiser steps of each run of S-A to G-B (S-A has 32 pairs a step: 16 are 512 pairs); 0: 4, 1, 2, 1."""
     only: tuple[str, ...] = ()
-    """Contestants to run, such as kaja and "TRL packing"; none: all."""
+    """Contestants to run beside kaja, such as "TRL packing" or "kaja before"; none: all."""
+    before: str = ""
+    """Folder of another checkout of kaja (git worktree add): the contestant "kaja before"."""
     quick: bool = False
     """A smoke test: one round of tiny works."""
     output_dir: Path = ROOT / "runs" / "versus"
@@ -235,6 +237,10 @@ def check_losses(runs: Results, contestants: dict[str, Contestant], work: Work) 
 
 def chosen(contestants: dict[str, Contestant], config: Config) -> dict[str, Contestant]:
     """kaja, and those that the options name."""
+    if config.before:
+        ours = contestants["kaja"]
+        before = replace(ours, job=ours.job | {"checkout": str(Path(config.before).resolve())})
+        contestants = {"kaja": ours, "kaja before": before, **contestants}
     return {name: one for name, one in contestants.items() if not config.only or name == "kaja" or name in config.only}
 
 
@@ -260,7 +266,7 @@ def needed_flops(work: Work, files: Path, results: list[dict[str, Any]]) -> floa
 def start_up(bench: Bench) -> str:
     """From the launch to the loop, and to the help text."""
     work = replace(WORKS["S-A"], name="start-up", steps=1)
-    runs = bench.measure(work, {"kaja": KAJA_SFT, "TRL padded": PADDED, "HF Trainer": TRAINER})
+    runs = bench.measure(work, chosen({"kaja": KAJA_SFT, "TRL padded": PADDED, "HF Trainer": TRAINER}, bench.config))
     rows = {
         f"{name}: launch to the first step": [
             f"{median(results, 'startup_wall'):.1f}", f"{median(results, 'startup_cpu'):.1f}",
