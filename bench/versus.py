@@ -105,7 +105,7 @@ TARGETS = {
             "HF Trainer": Target(3.0)},
     "S-B": {"TRL padded": Target(9.0), "TRL packing": Target(6.0, 0.65), "TRL packing, malloc": Target(3.0),
             "HF Trainer": Target(4.0)},
-    "G-A": {"TRL": Target(3.5, 0.65), "TRL, malloc": Target(2.8)},
+    "G-A": {"TRL": Target(3.5, 0.65), "TRL, malloc": Target(2.8), "GRPO-Zero": Target(1.8)},
     "G-B": {"TRL": Target(6.0, 0.65), "TRL, malloc": Target(3.5)},
 }  # fmt: skip
 EFFICIENCY = Work(
@@ -145,6 +145,10 @@ class Config:
     """Contestants to run beside kaja, such as "TRL packing" or "kaja before"; none: all."""
     before: str = ""
     """Folder of another checkout of kaja (git worktree add): the contestant "kaja before"."""
+    grpo_zero: str = ""
+    """Folder of a clone of policy-gradient/GRPO-Zero: one more contestant of G-A; it has neither KL nor reference."""
+    tiny_grpo: str = ""
+    """Folder of a clone of open-thought/tiny-grpo that runs on a CPU (peers/tiny_grpo.py): one more of G-A."""
     quick: bool = False
     """A smoke test: one round of tiny works."""
     output_dir: Path = ROOT / "runs" / "versus"
@@ -244,12 +248,23 @@ def chosen(contestants: dict[str, Contestant], config: Config) -> dict[str, Cont
     return {name: one for name, one in contestants.items() if not config.only or name == "kaja" or name in config.only}
 
 
+def clones(config: Config) -> dict[str, Contestant]:
+    """The minimal implementations that nobody packages, where the options say where they are."""
+    folders = {"GRPO-Zero": config.grpo_zero, "tiny-grpo": config.tiny_grpo}
+    return {
+        name: Contestant(f"{name.lower().replace('-', '_')}.py", {"peer": str(Path(folder).resolve())})
+        for name, folder in folders.items() if folder
+    }  # fmt: skip
+
+
 def side_by_side(name: str, bench: Bench) -> str:
     """The table of S-A, S-B, G-A, G-B, and of the latter two with vLLM."""
     work, config = WORKS[name], bench.config
     if config.steps:
         work = replace(work, steps=config.steps)
     everybody = SFT_CONTESTANTS if work.kind == "sft" else GRPO_CONTESTANTS
+    if name == "G-A":
+        everybody = everybody | clones(config)
     runs = bench.measure(work, chosen(VLLM_CONTESTANTS if name.endswith("vllm") else everybody, config))
     unit = f"{work.steps} x {work.batch} {'pairs' if work.kind == 'sft' else 'prompts'}"
     quick = ", smoke test: the figures mean nothing" if config.quick else ""

@@ -4,10 +4,13 @@ import json
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from bench import versus
 from bench.peers import measure, table, works
 from kaja.checkpoint import load_model
 
@@ -94,6 +97,30 @@ def test_grpo_is_compared_by_completion_token() -> None:
 )
 def test_the_gap_of_two_loss_curves(ours: list[float], theirs: list[float], gap: float) -> None:
     assert table.loss_gap(ours, theirs) == gap
+
+
+@pytest.mark.parametrize(("name", "options", "clones"), [
+    ("G-A", {"grpo_zero": "zero", "tiny_grpo": "/t"}, {"GRPO-Zero": Path.cwd() / "zero", "tiny-grpo": Path("/t")}),
+    ("G-A", {"tiny_grpo": "/t", "only": ("TRL", "tiny-grpo")}, {"tiny-grpo": Path("/t")}),
+    ("G-A", {}, {}),
+    ("G-B", {"grpo_zero": "zero"}, {}),
+    ("G-A-vllm", {"grpo_zero": "zero"}, {}),
+])  # fmt: skip
+def test_clones_of_minimal_implementations_do_model_a_where_a_folder_is_given(
+    name: str, options: dict[str, Any], clones: dict[str, Path]
+) -> None:
+    measured: list[dict[str, versus.Contestant]] = []
+
+    def measure(work: works.Work, contestants: dict[str, versus.Contestant]) -> versus.Results:
+        measured.append(contestants)
+        return {name: [] for name in contestants}
+
+    bench: Any = SimpleNamespace(config=versus.Config(**options), measure=measure)
+    versus.side_by_side(name, bench)
+    (contestants,) = measured
+    assert {name: Path(one.job["peer"]) for name, one in contestants.items() if "peer" in one.job} == clones
+    assert "kaja" in contestants and ("TRL, malloc" in contestants) == (name != "G-A-vllm" and "only" not in options)
+    assert all((versus.PEERS / one.script).exists() for one in contestants.values())
 
 
 def test_a_window_measures_its_block_and_the_phases_in_it(tmp_path: Path) -> None:
