@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
 from kaja.distributed import Ranks, apply_fsdp, check_replicas, clip_gradients, make_mesh, reduce_gradients
@@ -294,9 +295,6 @@ def simulate_memory(config: ModelConfig, settings: Settings) -> SimulatedMemory:
 
 
 def _simulate(config: ModelConfig, settings: Settings) -> dict[str, float]:
-    # Brings torch's compiler, 0.7 s: the trainers import this module, but few of their runs are dry.
-    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
-
     dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=settings.world_size)
     try:
         mesh = make_mesh(Ranks(0, 0, settings.world_size, torch.device("cpu")), settings.replicas)

@@ -29,8 +29,8 @@ LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in mod
 
 # May be missing: imported inside a function that turns ImportError into a line saying how to install it.
 OPTIONAL = ("vllm", "torch.utils.tensorboard", "tensorboard", "matplotlib", "datasets", "pyarrow", "sacrebleu")
-# Of torch, but each brings its compiler, 0.7 s: imported where they run, on a GPU and in a dry run.
-LATE = ("torch.nn.attention.varlen", "torch.distributed._tools.fsdp2_mem_tracker")
+# Of torch, but brings its compiler, 0.6 s: imported where it runs, on a GPU.
+LATE = ("torch.nn.attention.varlen",)
 # Layer 0 is mathematics and text: nothing of these, nothing of the file system.
 NOT_IN_LAYER_0 = ("os", "pathlib", "shutil", "subprocess", "socket", "urllib", "torch.distributed")
 UNSAFE_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve")
