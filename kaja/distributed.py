@@ -61,7 +61,7 @@ def keep_freed_memory() -> None:
     """Let glibc's malloc keep what is freed for the next that asks, where it would return it to the system.
 
     A step on a CPU asks for the same large tensors again and again. Returned ones come back as pages of zeros, one page
-    fault for every 4 KiB: 8 to 20% of a step. Other C libraries have no such setting.
+    fault for every 4 KiB: a tenth of a step with a large vocabulary. Other C libraries have no such setting.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
