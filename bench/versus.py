@@ -382,6 +382,11 @@ def main(config: Config) -> None:
     unknown = set(config.works) - set(NAMES)
     if unknown:
         sys.exit(f"error: works {', '.join(sorted(unknown))}: unknown; choose of {', '.join(NAMES)}")
+    needed = {"before": "train_sft.py", "grpo_zero": "grpo.py", "tiny_grpo": "replay_buffer.py"}
+    for option, name in needed.items():
+        folder = getattr(config, option)
+        if folder and not (Path(folder) / name).is_file():
+            sys.exit(f"error: {option} {folder}: holds no {name}; name the folder of a checkout")
     special = {"start-up": start_up, "scaling": scaling, "efficiency": efficiency}
     with tempfile.TemporaryDirectory(prefix="kaja-bench-") as folder:
         bench, parts = Bench(config, Path(folder)), []
